@@ -1,0 +1,409 @@
+"""SA2VP: Spatially Aligned-and-Adapted Visual Prompt (Pei et al., AAAI 2024).
+
+Two pathways run through the same frozen encoder layers T_i: the base pathway B carries the image
+tokens, the prompt pathway P a learned two-dimensional map of prompt tokens, one for each patch. In
+every layer one pathway speaks to the other, each token just to the tokens at its own place.
+
+    (1)  B_0 = [cls ; patches(I)] + E_pos
+    (2)  P_0 = p W_p + b_p + E_pos
+    (3)  C_i(X, Y)_t = X_t + Drop(Wo o_t),  o_t = sum over u in N(t) of softmax_u(q . k / sqrt(d / heads)) v_u
+         q = Wq LN1(X_t),  k = Wk LN1(Y_u),  v = Wv LN1(Y_u)
+    (4)  A_i(Z) = Drop(W_up Drop(GELU(W_down LN(Z))))
+    (5)  i not in D:  B_{i+1} = T_i(B_i) + s A_i(C_i(B_i, P_i))               P_{i+1} = T_i(P_i)
+    (6)  i in D:      P_{i+1} = T_i(P_i) [+ fusion] + s A_i(C_i(P_i, B_i))    B_{i+1} = T_i(B_i)
+    (7)  i in F:      fusion = g_i * T_i(p_i W_i + b_i)
+    (8)  loss = 0.8 CE(head(LN(B_L)[cls]), y) + 0.2 CE(head(LN(P_L)[cls]), y)
+
+The numbers are this project's own. In comments: B images, T = 1 + N tokens of the receiving
+pathway (T' of the giving one), d the encoder's width, r the inner dimension.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vit import HALF, check_exactly, interpolate_positions, load_vit, read_torch, rename, vit_from_tensors
+
+
+class PromptMap(nn.Module):
+    """The prompt map, Eq. (2) without E_pos: p W + b, low rank, a class token and h' x w' prompt tokens.
+
+    () -> (1, 1 + h' w', d). Entry (y, x) belongs to the patch at the same place.
+    """
+
+    def __init__(self, grid, inner_dim, dim):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(1, 1 + math.prod(grid), inner_dim))  # p
+        self.proj = _linear(inner_dim, dim)  # W, b
+        nn.init.trunc_normal_(self.tokens, std=0.02)
+
+    def forward(self):
+        return self.proj(self.tokens)
+
+
+class SpatiallyAlignedCrossAttention(nn.Module):
+    """Spatially aligned cross attention, Eq. (3): C_i(X, Y), with layer i's own frozen weights.
+
+    `forward(layer, x, q, k, v)`: q are layer i's queries of x (B, T, d), k and v its keys and values
+    of the other pathway, each (B, heads, T or T', d / heads); returns (B, T, d).
+    """
+
+    def __init__(self, grid, other_grid, window, dropout):
+        super().__init__()
+        mask = None if window is None else aligned_neighbourhood(grid, other_grid, window)
+        self.register_buffer("mask", mask, persistent=False)  # N(t), (T, T')
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, layer, x, q, k, v):
+        mask = None if self.mask is None else self.mask[: x.size(1)]
+        return x + self.drop(layer.attn.attend(q, k, v, mask))
+
+
+class PromptAdapter(nn.Module):
+    """The prompt adapter, Eq. (4): A_i(Z), d -> r -> d with its own LayerNorm and no residual."""
+
+    def __init__(self, dim, inner_dim, dropout):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.down = _linear(dim, inner_dim)
+        self.up = _linear(inner_dim, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, z):
+        return self.drop(self.up(self.drop(F.gelu(self.down(self.norm(z))))))
+
+
+class InterLayerPromptFusion(nn.Module):
+    """Inter-layer prompt fusion, Eq. (7): g_i * T_i(p_i W_i + b_i), a new prompt map through layer i.
+
+    `forward(layer)` -> (1, 1 + h' w', d): it does not depend on the image, so one serves the batch.
+    """
+
+    def __init__(self, grid, inner_dim, dim):
+        super().__init__()
+        self.prompt_map = PromptMap(grid, inner_dim, dim)
+        self.gate = nn.Parameter(torch.empty(dim))  # g_i
+        nn.init.normal_(self.gate, std=0.02)
+
+    def forward(self, layer):
+        return self.gate * layer(self.prompt_map())
+
+
+class BilateralInteraction(nn.Module):
+    """Bilateral interaction: takes both pathways through frozen layer i, one prompting the other.
+
+    Knowledge prompting P -> B, Eq. (5); or, where `distills`, knowledge distillation B -> P, Eq. (6),
+    with `fusion`, if given, Eq. (7).
+    """
+
+    def __init__(self, cross_attention, adapter, scale, distills, fusion=None):
+        super().__init__()
+        self.cross_attention, self.adapter, self.fusion = cross_attention, adapter, fusion
+        self.scale, self.distills = scale, distills
+
+    def forward(self, layer, base, prompt, class_only=False, predict=False):
+        """B_i, P_i -> B_{i+1}, P_{i+1}; just their class tokens if `class_only`, None for P if `predict`.
+
+        The q, k, v of T_i are those of C_i: they are computed once. The prompt pathway stays a batch
+        of one (1, T, d) up to the first layer in D, because nothing in it depends on the image yet.
+        """
+        qb, kb, vb = layer.qkv(base)
+        qp, kp, vp = layer.qkv(prompt)
+        if class_only:
+            base, qb, prompt, qp = base[:, :1], qb[:, :, :1], prompt[:, :1], qp[:, :, :1]
+
+        next_base = layer.transform(base, qb, kb, vb)
+        if not self.distills:
+            next_base = next_base + self.scale * self.adapter(self.cross_attention(layer, base, qb, kp, vp))
+        if predict:
+            return next_base, None
+
+        next_prompt = layer.transform(prompt, qp, kp, vp)
+        if self.fusion is not None:
+            next_prompt = next_prompt + self.fusion(layer)[:, : prompt.size(1)]
+        if self.distills:
+            next_prompt = next_prompt + self.scale * self.adapter(self.cross_attention(layer, prompt, qp, kb, vb))
+        return next_base, next_prompt
+
+
+class SA2VP(nn.Module):
+    """A frozen ViT tuned by a spatially aligned-and-adapted prompt map.
+
+    vit            the pre-trained backbone; it is frozen here, and gets this `dropout`
+    inner_dim      r, the rank of the prompt maps and the width inside the adapters
+    scale          s, the weight of a prompting message
+    window         side of the aligned neighbourhood in cells, odd; None lets every token attend to all
+    prompt_grid    (h', w') of a scaled prompt map; None is the image's own grid
+    distill_layers D, where the base pathway speaks to the prompt pathway; by default every fourth from
+                   0; () is none
+    fusion_layers  F, a subset of D, where a new prompt map enters; by default D without 0
+
+    Raises ValueError for values out of range.
+    """
+
+    def __init__(
+        self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
+        distill_layers=None, fusion_layers=None,
+    ):  # fmt: skip
+        super().__init__()
+        depth, dim = len(vit.blocks), vit.dim
+        if distill_layers is None:
+            distill_layers = range(0, depth, 4)
+        if fusion_layers is None:
+            fusion_layers = [i for i in distill_layers if i != 0]
+        if not set(fusion_layers) <= set(distill_layers) <= set(range(depth)):
+            raise ValueError(
+                f"fusion layers {list(fusion_layers)} must be among the distillation layers "
+                f"{list(distill_layers)}, and those among 0 to {depth - 1}"
+            )
+        if inner_dim < 1:
+            raise ValueError(f"inner dimension {inner_dim} must be at least 1")
+        self.prompt_grid = tuple(prompt_grid or vit.grid)
+        if min(self.prompt_grid) < 1:
+            raise ValueError(f"prompt grid {self.prompt_grid} must be at least 1 x 1")
+
+        self.vit = freeze(vit, dropout)
+        self.prompt_map = PromptMap(self.prompt_grid, inner_dim, dim)
+        self.drop = nn.Dropout(dropout)
+        self.interactions = nn.ModuleList()
+        for i in range(depth):
+            grids = (self.prompt_grid, vit.grid) if i in distill_layers else (vit.grid, self.prompt_grid)
+            self.interactions.append(
+                BilateralInteraction(
+                    SpatiallyAlignedCrossAttention(*grids, window, dropout),
+                    PromptAdapter(dim, inner_dim, dropout),
+                    scale,
+                    distills=i in distill_layers,
+                    fusion=InterLayerPromptFusion(self.prompt_grid, inner_dim, dim) if i in fusion_layers else None,
+                )
+            )
+        self.head = _head(dim, num_classes)
+
+    def forward(self, images):
+        """Images (B, 3, H, W) -> class scores of the base and the prompt pathway, each (B, num_classes)."""
+        base, prompt = self.pathways(images)
+        base_logits, prompt_logits = self.head(base), self.head(prompt)
+        return base_logits, prompt_logits.expand_as(base_logits)
+
+    def predict(self, images):
+        """Class scores of the base pathway alone, (B, num_classes): those that predict."""
+        base, _ = self.pathways(images, predict=True)
+        return self.head(base)
+
+    def pathways(self, images, predict=False):
+        """Figure 2: the class tokens that leave the base and the prompt pathway, each (B, d)."""
+        base = self.vit.embed(images)  # Eq. (1)
+        prompt = self.drop(self.prompt_map() + self.prompt_positions())  # Eq. (2)
+        *layers, last = zip(self.vit.blocks, self.interactions)
+        for layer, interact in layers:
+            base, prompt = interact(layer, base, prompt)
+        layer, interact = last
+        base, prompt = interact(layer, base, prompt, class_only=True, predict=predict)
+        return self.vit.norm(base[:, 0]), None if predict else self.vit.norm(prompt[:, 0])
+
+    def prompt_positions(self):
+        """E_pos as the prompt pathway borrows it: the image's own, at the prompt map's size."""
+        return interpolate_positions(self.vit.pos_embed, self.vit.grid, self.prompt_grid)
+
+
+class LinearProbe(nn.Module):
+    """Baseline: nothing but a linear head on the frozen class token. Returns (logits,)."""
+
+    def __init__(self, vit, num_classes):
+        super().__init__()
+        self.vit = freeze(vit)
+        self.head = _head(vit.dim, num_classes)
+
+    def forward(self, images):
+        return (self.head(self.vit(images)),)
+
+
+class FullFineTuning(LinearProbe):
+    """Baseline: everything is trained. Returns (logits,)."""
+
+    def __init__(self, vit, num_classes):
+        super().__init__(vit, num_classes)
+        self.vit.requires_grad_(True)
+
+
+class VPTDeep(nn.Module):
+    """Baseline: Visual Prompt Tuning (Jia et al., 2022), new prompt tokens in every layer. Returns (logits,)."""
+
+    def __init__(self, vit, num_classes, prompts=50):
+        super().__init__()
+        self.vit = freeze(vit)
+        self.prompts = nn.Parameter(torch.empty(len(vit.blocks), 1, prompts, vit.dim))
+        bound = math.sqrt(6 / (3 * math.prod(vit.patch_size) + vit.dim))  # as VPT draws them
+        nn.init.uniform_(self.prompts, -bound, bound)
+        self.head = _head(vit.dim, num_classes)
+
+    def forward(self, images):
+        x = self.vit.embed(images)
+        batch, length, _ = x.shape
+        for block, prompts in zip(self.vit.blocks, self.prompts):
+            # Attention has no order, so the prompts may stand last; those that come out are dropped.
+            x = block(torch.cat([x, prompts.expand(batch, -1, -1)], dim=1))[:, :length]
+        return (self.head(self.vit.norm(x[:, 0])),)
+
+
+METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "linear": LinearProbe, "full": FullFineTuning}
+
+
+def two_pathway_loss(logits, labels):
+    """Eq. (8) for (base_logits, prompt_logits); plain cross-entropy for a baseline's (logits,)."""
+    weights = (0.8, 0.2) if len(logits) == 2 else (1.0,)
+    return sum(weight * F.cross_entropy(scores, labels) for weight, scores in zip(weights, logits))
+
+
+def aligned_neighbourhood(grid, other_grid, window):
+    """N(t) as a boolean matrix (1 + h w, 1 + h' w'): may token t attend to token u of the other map?
+
+    A patch token sees the tokens whose cell centre lies less than window / 2 cells away in y and in x,
+    a cell being the larger of the two grids', and not the class token; the class token sees all. At
+    equal sizes and window 3 that is the 3x3 neighbourhood, cut off at the border. ValueError if the
+    window is not odd and positive, or a neighbourhood is empty.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window {window} must be odd and positive, or none")
+    (h, w), (h2, w2) = grid, other_grid
+
+    def near(n, n2):  # centres (y + 0.5) / n and (y' + 0.5) / n2, in integers so that no rounding decides
+        y, y2 = torch.arange(n)[:, None], torch.arange(n2)
+        return ((2 * y + 1) * n2 - (2 * y2 + 1) * n).abs() < window * max(n, n2)  # (n, n2)
+
+    mask = torch.ones(1 + h * w, 1 + h2 * w2, dtype=torch.bool)
+    mask[1:, 0] = False
+    mask[1:, 1:] = (near(h, h2)[:, None, :, None] & near(w, w2)[:, None, :]).flatten(2).flatten(0, 1)
+    if not mask.any(dim=1).all():
+        raise ValueError(f"window {window} leaves a token of {h}x{w} nothing to attend to in {h2}x{w2}: take a larger")
+    return mask
+
+
+def freeze(vit, dropout=0.0):
+    """The one place where the backbone is frozen: no gradients, and `dropout` where the encoder has it."""
+    for module in vit.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    return vit.requires_grad_(False)
+
+
+def trained_parameters(model):
+    """Name -> parameter of all that is trained: megabytes where the backbone has hundreds."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_trained(model):
+    """How many numbers are trained, the head not counted, as the field reports it."""
+    return sum(tensor.numel() for name, tensor in trained_parameters(model).items() if not name.startswith("head."))
+
+
+def load(path, weights=None):
+    """Reads a tuned model, `best.pt`: (model ready for prediction, what else the file says, a dict).
+
+    `weights` tells where the backbone is, if not where the run had it. Raises ValueError if the file
+    is no checkpoint of this project or the backbone is another one than it was tuned on.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        trained, method, options = saved.pop("trained"), saved["method"], saved["options"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of this project") from error
+    vit = load_vit(weights or saved["weights"], saved["image_size"], saved["heads"], saved["mean"], saved["std"])
+    if vit.fingerprint() != saved["fingerprint"]:
+        raise ValueError(f"{path} was tuned on another backbone than {weights or saved['weights']}")
+    model = METHODS[method](vit, len(saved["classes"]), **options)
+    load_trained(model, trained)
+    return model.eval(), saved
+
+
+def load_trained(model, tensors):
+    """Puts trained parameters back into a model of the same shape; ValueError names what does not fit."""
+    check_exactly(trained_parameters(model), tensors)
+    model.load_state_dict(tensors, strict=False)
+
+
+def load_official(path, scale=0.1, heads=None):
+    """Reads a checkpoint of the authors' released code -> SA2VP.
+
+    Sizes are read off the file; `scale` and `heads` (by default width / 64) are not in it. With one new
+    prompt map in place of two, it enters at the first of the fusion layers. No pickled code is
+    executed. Raises ValueError, naming the tensor, if one is missing, left over or of a wrong shape.
+    """
+    try:
+        return _from_official(read_torch(path), scale, heads)
+    except KeyError as error:
+        raise ValueError(f"{path} is no checkpoint of the released SA2VP: it has no tensor {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# The released code's names -> ours; its q, k, v and its stacked new prompt maps are taken apart below.
+OFFICIAL_NAMES = {
+    r"^vit_base\.transformer\.(embeddings|encoder)\.": "",
+    r"^(cls_token)$": r"vit.\1",
+    r"^position_embeddings$": "vit.pos_embed",
+    r"^patch_embeddings\.": "vit.patch_embed.proj.",
+    r"^encoder_norm\.": "vit.norm.",
+    r"^layer\.(\d+)\.attention_norm\.": r"vit.blocks.\1.norm1.",
+    r"^layer\.(\d+)\.ffn_norm\.": r"vit.blocks.\1.norm2.",
+    r"^layer\.(\d+)\.ffn\.": r"vit.blocks.\1.mlp.",
+    r"^layer\.(\d+)\.attn\.out\.": r"vit.blocks.\1.attn.proj.",
+    r"^layer\.(\d+)\.attn\.": r"vit.blocks.\1.attn.",
+    r"^ppt$": "prompt_map.tokens",
+    r"^ppt_proj\.": "prompt_map.proj.",
+    r"^cross_attn\.(\d+)\.ffn_norm\.": r"interactions.\1.adapter.norm.",
+    r"^cross_attn\.(\d+)\.ffn\.fc1\.": r"interactions.\1.adapter.down.",
+    r"^cross_attn\.(\d+)\.ffn\.fc2\.": r"interactions.\1.adapter.up.",
+    r"^class_head\.": "head.",
+}
+
+
+def _from_official(official, scale, heads):
+    tensors = rename(official, OFFICIAL_NAMES)
+    depth = len({name for name in tensors if re.fullmatch(r"vit\.blocks\.\d+\.norm1\.weight", name)})
+    for i in range(depth):
+        block, cross = f"vit.blocks.{i}", f"cross_attn.{i}"
+        copies = {f"{cross}.attention_norm": f"{block}.norm1", f"{cross}.attn.to_out": f"{block}.attn.proj"}
+        copies |= {f"{cross}.attn.to_{kind[0]}": f"{block}.attn.{kind}" for kind in ("query", "key", "value")}
+        for part in ("weight", "bias"):
+            for copy, original in copies.items():
+                if not torch.equal(tensors.pop(f"{copy}.{part}"), tensors[f"{original}.{part}"]):
+                    raise ValueError(f"{copy}.{part} is not the copy of layer {i}'s own that it should be")
+            qkv = [tensors.pop(f"{block}.attn.{kind}.{part}") for kind in ("query", "key", "value")]
+            tensors[f"{block}.attn.qkv.{part}"] = torch.cat(qkv)
+
+    # New prompt maps are stacked: p_4, p_8 in one tensor, g_4, g_8 in another. Cars has one map, and
+    # with it a second projection and gate that nothing uses.
+    new_maps, gates = tensors.pop("deep_ppt"), tensors.pop("cross_conv")
+    fusion_layers = range(4, depth, 4)[: len(new_maps)]
+    for j, i in enumerate(fusion_layers):
+        fusion = f"interactions.{i}.fusion"
+        tensors[f"{fusion}.prompt_map.tokens"], tensors[f"{fusion}.gate"] = new_maps[j], gates[j]
+        for part in ("weight", "bias"):
+            tensors[f"{fusion}.prompt_map.proj.{part}"] = tensors.pop(f"deep_proj.{j}.{part}")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("deep_proj.1.")}
+
+    vit_tensors = {name.removeprefix("vit."): tensors.pop(name) for name in list(tensors) if name.startswith("vit.")}
+    vit = vit_from_tensors(vit_tensors, heads=heads, mean=HALF, std=HALF)
+    num_classes, inner_dim = len(tensors["head.weight"]), tensors["prompt_map.tokens"].size(-1)
+    model = SA2VP(vit, num_classes, inner_dim, scale, fusion_layers=fusion_layers)
+    load_trained(model, tensors)
+    return model
+
+
+def _linear(inputs, outputs):
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.normal_(layer.bias, std=1e-6)
+    return layer
+
+
+def _head(dim, num_classes):
+    head = nn.Linear(dim, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    return head

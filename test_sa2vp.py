@@ -1,0 +1,917 @@
+"""Each test's name is the claim that it proves. No network, no data: everything is made on the spot."""
+
+import argparse
+import csv
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import data
+import sa2vp
+import train
+import vit
+
+# ---------------------------------------------------------------------- small things to work on
+
+
+def small_vit(image_size=32, patch_size=16, dim=16, depth=5, heads=2):
+    """A backbone with no zero in it, so that nothing vanishes by chance."""
+    torch.manual_seed(0)
+    backbone = vit.VisionTransformer(image_size, patch_size, dim, depth, heads)
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return backbone
+
+
+def small_model(prompt_grid=None, window=3, image_size=(48, 64), **options):
+    model = sa2vp.SA2VP(small_vit(image_size), 3, 4, 0.5, window=window, prompt_grid=prompt_grid, **options)
+    for parameter in sa2vp.trained_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.double().eval()
+
+
+def make_folder(folder, splits={"train": 6, "test": 4}, classes=("ant", "bee"), side=40):
+    rng = np.random.default_rng(0)
+    for split, count in splits.items():
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (side, side, 3)) + 100 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A folder of pictures and a file of weights for 224 x 224 images, both small."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    torch.save(vit.VisionTransformer(224, 32, 64, 5, 1).state_dict(), folder / "vit.pth")
+    make_folder(folder / "insects")
+    return folder
+
+
+@pytest.fixture
+def run(files, tmp_path, monkeypatch):
+    """Runs the command line in an empty folder, on the small data; returns the run's folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, out="run", epochs=3):
+        flags = [str(flag) for flag in flags]
+        defaults = {"--data": files / "insects", "--weights": files / "vit.pth", "--epochs": epochs,
+                    "--batch-size": 4, "--workers": 0, "--out": out}  # fmt: skip
+        for flag, value in defaults.items():
+            if flag not in flags and "--resume" not in flags:
+                flags += [flag, str(value)]
+        train.main([*flags, "--cpu"])
+        return tmp_path / out
+
+    return run
+
+
+def refusal(capsys, arguments):
+    """The one sentence with which the command line refuses bad input."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in lines[0]
+    return lines[0]
+
+
+# ---------------------------------------------------------------------- the backbone
+
+
+def test_vit_equals_torchvision_with_the_same_weights(tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.vit_b_16().eval()
+    for parameter in theirs.parameters():
+        if not parameter.any():  # class token and biases start as zeros, which would hide a mistake
+            torch.nn.init.normal_(parameter, std=0.02)
+    torch.save(theirs.state_dict(), tmp_path / "vit_b_16.pth")
+    ours = vit.load_vit(tmp_path / "vit_b_16.pth").eval()
+    assert (ours.mean, ours.std) == (vit.IMAGENET_MEAN, vit.IMAGENET_STD)
+    theirs.heads = torch.nn.Identity()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+def google_arrays(backbone):
+    """The arrays of Google's .npz for a backbone, by the layout its documentation gives."""
+    state = {name: tensor.numpy() for name, tensor in backbone.state_dict().items()}
+    dim, heads = backbone.dim, backbone.blocks[0].attn.heads
+    arrays = {
+        "cls": state["cls_token"],
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": np.zeros((dim, 9)),
+        "pre_logits/bias": np.zeros(dim),
+    }
+    for i in range(len(backbone.blocks)):
+        to, of = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        for google, name in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+            arrays[f"{to}/{google}/scale"] = state[f"{of}.{name}.weight"]
+            arrays[f"{to}/{google}/bias"] = state[f"{of}.{name}.bias"]
+        for google, name in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
+            arrays[f"{to}/MlpBlock_3/{google}/kernel"] = state[f"{of}.mlp.{name}.weight"].T
+            arrays[f"{to}/MlpBlock_3/{google}/bias"] = state[f"{of}.mlp.{name}.bias"]
+        to += "/MultiHeadDotProductAttention_1"
+        for j, name in enumerate(("query", "key", "value")):
+            rows = slice(j * dim, (j + 1) * dim)
+            arrays[f"{to}/{name}/kernel"] = state[f"{of}.attn.qkv.weight"][rows].T.reshape(dim, heads, dim // heads)
+            arrays[f"{to}/{name}/bias"] = state[f"{of}.attn.qkv.bias"][rows].reshape(heads, dim // heads)
+        arrays[f"{to}/out/kernel"] = state[f"{of}.attn.proj.weight"].T.reshape(heads, dim // heads, dim)
+        arrays[f"{to}/out/bias"] = state[f"{of}.attn.proj.bias"]
+    return arrays
+
+
+def test_google_npz_gives_weights_heads_and_normalisation(tmp_path):
+    backbone = small_vit(heads=4)
+    np.savez(tmp_path / "vit.npz", **google_arrays(backbone))
+    loaded = vit.load_vit(tmp_path / "vit.npz", image_size=32)
+    assert loaded.blocks[0].attn.heads == 4 and (loaded.mean, loaded.std) == (vit.HALF, vit.HALF)
+    assert loaded.fingerprint() == backbone.fingerprint()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), backbone(images))
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "args": argparse.Namespace(lr=1)},
+                                  lambda state: {"state_dict": state}])  # fmt: skip
+def test_timm_names_load_bare_or_wrapped_and_heads_are_left_out(tmp_path, wrap):
+    backbone = small_vit()
+    extra = {name: torch.zeros(1) for name in ("head.weight", "fc_norm.bias", "mask_token", "decoder_pos_embed")}
+    torch.save(wrap(backbone.state_dict() | extra), tmp_path / "vit.pth")
+    loaded = vit.load_vit(tmp_path / "vit.pth", image_size=32, heads=2, mean=(0, 0, 0))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), backbone.state_dict().values()))
+    assert (loaded.mean, loaded.std) == ((0, 0, 0), vit.IMAGENET_STD)
+
+
+def test_position_embeddings_are_interpolated_to_another_grid(tmp_path):
+    backbone = small_vit(image_size=64)
+    torch.save(backbone.state_dict(), tmp_path / "vit.pth")
+    loaded = vit.load_vit(tmp_path / "vit.pth", image_size=(32, 96), heads=2)
+    assert loaded.grid == (2, 6) and torch.equal(loaded.pos_embed[:, 0], backbone.pos_embed[:, 0])
+    map_ = backbone.pos_embed[0, 1:].T.reshape(1, 16, 4, 4)
+    expected = F.interpolate(map_, size=(2, 6), mode="bicubic", align_corners=False).reshape(16, 12).T
+    torch.testing.assert_close(loaded.pos_embed[0, 1:], expected)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda state: state.pop("blocks.1.mlp.fc2.bias"), "blocks.1.mlp.fc2.bias"),
+        (lambda state: state.pop("patch_embed.proj.weight"), "patch_embed.proj.weight"),
+        (lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(16)}), "blocks.0.ls1.gamma"),
+        (lambda state: state.update({"norm.bias": torch.ones(3)}), "norm.bias"),
+    ],
+)
+def test_a_missing_left_over_or_misshapen_tensor_is_named(tmp_path, change, named):
+    state = dict(small_vit().state_dict())
+    change(state)
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=named):
+        vit.load_vit(tmp_path / "vit.pth", image_size=32, heads=2)
+
+
+def test_a_width_that_is_no_multiple_of_64_asks_for_the_heads(tmp_path):
+    torch.save(small_vit().state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match="number of heads"):
+        vit.load_vit(tmp_path / "vit.pth", image_size=32)
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path("went-off").touch, ()
+
+
+def test_a_weights_file_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Bomb()}, "bomb.pth")
+    np.savez("bomb.npz", cls=np.array([Bomb()], dtype=object))
+    for name in ("bomb.pth", "bomb.npz"):
+        with pytest.raises(ValueError, match=name):
+            vit.load_vit(name)
+        with pytest.raises(ValueError, match=name):
+            sa2vp.load_official(name)
+        with pytest.raises(ValueError, match=name):
+            sa2vp.load(name)
+    assert not Path("went-off").exists()
+
+
+def test_the_papers_weights_are_downloaded_once_checked_and_never_half_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    content, calls = [b"damaged"], []
+
+    def download(url, path):
+        calls.append(url)
+        Path(path).write_bytes(content[0])
+        if not content[0]:
+            raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for content[0] in (b"damaged", b""):
+        with pytest.raises(OSError, match="--weights PATH"):
+            vit.download_imagenet21k()
+        assert not list(tmp_path.rglob("*.*"))
+    content[0] = b"right"
+    monkeypatch.setattr(vit, "IMAGENET21K_MD5", "7c4f29")
+    assert vit.download_imagenet21k() == vit.download_imagenet21k() and len(calls) == 3
+    assert calls[0].startswith("https://") and vit.download_imagenet21k().read_bytes() == b"right"
+
+
+# ---------------------------------------------------------------------- the method
+
+
+def draw(name, shape, mean=0.0, std=0.03):
+    """Normal numbers that depend on nothing but the name: the recipe behind the golden numbers."""
+    rng = np.random.RandomState(zlib.crc32(f"0:{name}".encode()))
+    return torch.from_numpy((mean + std * rng.standard_normal(shape)).astype(np.float32))
+
+
+def official_checkpoint(dim, depth, tokens, inner, classes, patch, maps=2):
+    """A checkpoint in the layout of the authors' released code."""
+    state = {}
+
+    def put(name, *shape, **how):
+        state[name] = draw(name, shape, **how)
+
+    def linear(name, outputs, inputs):
+        put(f"{name}.weight", outputs, inputs)
+        put(f"{name}.bias", outputs)
+
+    def norm(name):
+        put(f"{name}.weight", dim, mean=1.0, std=0.05)
+        put(f"{name}.bias", dim)
+
+    embeddings, encoder = "vit_base.transformer.embeddings", "vit_base.transformer.encoder"
+    put(f"{embeddings}.position_embeddings", 1, tokens, dim)
+    put(f"{embeddings}.cls_token", 1, 1, dim)
+    put(f"{embeddings}.patch_embeddings.weight", dim, 3, patch, patch)
+    put(f"{embeddings}.patch_embeddings.bias", dim)
+    put(f"{embeddings}.ppt", 1, tokens, inner, std=0.2)
+    linear(f"{embeddings}.ppt_proj", dim, inner)
+    put(f"{encoder}.cross_conv", 2, dim)
+    put(f"{encoder}.deep_ppt", maps, 1, tokens, inner, std=0.2)
+    linear(f"{encoder}.deep_proj.0", dim, inner)
+    linear(f"{encoder}.deep_proj.1", dim, inner)
+    norm(f"{encoder}.encoder_norm")
+    for i in range(depth):
+        layer, cross = f"{encoder}.layer.{i}", f"{encoder}.cross_attn.{i}"
+        norm(f"{layer}.attention_norm")
+        norm(f"{layer}.ffn_norm")
+        linear(f"{layer}.ffn.fc1", 4 * dim, dim)
+        linear(f"{layer}.ffn.fc2", dim, 4 * dim)
+        for theirs, kind in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out", "out")):
+            linear(f"{layer}.attn.{kind}", dim, dim)
+            for part in ("weight", "bias"):
+                state[f"{cross}.attn.{theirs}.{part}"] = state[f"{layer}.attn.{kind}.{part}"]
+        for part in ("weight", "bias"):
+            state[f"{cross}.attention_norm.{part}"] = state[f"{layer}.attention_norm.{part}"]
+        norm(f"{cross}.ffn_norm")
+        linear(f"{cross}.ffn.fc1", inner, dim)
+        linear(f"{cross}.ffn.fc2", dim, inner)
+    linear("class_head", classes, dim)
+    return state
+
+
+# What the authors' released code (its exact, per-token variant) computed for that checkpoint in float32.
+GOLDEN_BASE = [[0.3106474, 0.7494106, -0.7767359, -1.8029952], [0.69048494, 0.74388146, 0.3233544, -1.7496935]]
+GOLDEN_PROMPT = [[0.12830934, -0.9989903, -0.7256002, -1.7632062], [0.12550925, -1.0010186, -0.7275145, -1.7674283]]
+GOLDEN_LOSS, GOLDEN_GRADIENT = 6.708690166, 18.182636429
+GOLDEN_SQUARED_GRADIENTS = {
+    "prompt_map.tokens": 0.00245926411843631,
+    "prompt_map.proj.bias": 16.267122676392383,
+    "interactions.0.adapter.down.weight": 8.463537157450572e-05,
+    "interactions.5.adapter.norm.weight": 8.879481089023413e-07,
+    "interactions.8.fusion.prompt_map.proj.weight": 2.4314366495237537e-05,
+    "interactions.11.adapter.up.bias": 0.00018906372348329124,
+    "head.weight": 313.60015402911074,
+}
+
+
+def test_equals_the_released_code_forward_and_backward(tmp_path):
+    state = official_checkpoint(dim=768, depth=12, tokens=197, inner=16, classes=200, patch=16)
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, tmp_path / "official.pth")
+    model = sa2vp.load_official(tmp_path / "official.pth").eval()
+    assert (model.vit.mean, model.vit.std) == (vit.HALF, vit.HALF)
+    assert sa2vp.count_trained(model) == 372_912
+
+    images, labels = draw("images", (2, 3, 224, 224), std=1.0), torch.tensor([3, 7])
+    base, prompt = model(images)
+    loss = sa2vp.two_pathway_loss((base, prompt), labels)
+    loss.backward()
+    gradients = {name: tensor.grad.double() for name, tensor in sa2vp.trained_parameters(model).items()}
+    scale = base.abs().max().item()
+    torch.testing.assert_close(base[:, :4], torch.tensor(GOLDEN_BASE), rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(prompt[:, :4], torch.tensor(GOLDEN_PROMPT), rtol=0, atol=1e-5 * scale)
+    assert loss.item() == pytest.approx(GOLDEN_LOSS, rel=1e-5)
+    assert math.sqrt(sum(g.square().sum() for g in gradients.values())) == pytest.approx(GOLDEN_GRADIENT, rel=1e-5)
+    for name, golden in GOLDEN_SQUARED_GRADIENTS.items():
+        assert gradients[name].square().sum().item() == pytest.approx(golden, rel=2e-5), name  # a square: twice 1e-5
+
+
+def test_an_official_checkpoint_with_one_new_prompt_map_has_fusion_in_layer_4_alone(tmp_path):
+    state = official_checkpoint(dim=64, depth=12, tokens=5, inner=8, classes=3, patch=4, maps=1)
+    torch.save({"model": state}, tmp_path / "cars.pth")
+    model = sa2vp.load_official(tmp_path / "cars.pth", scale=1.5)
+    assert [i for i, interaction in enumerate(model.interactions) if interaction.fusion] == [4]
+    assert model.interactions[0].scale == 1.5 and model.vit.image_size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("vit_base.transformer.encoder.cross_attn.1.attn.to_q.weight", torch.zeros(64, 64)),  # no copy any more
+        ("vit_base.transformer.encoder.deep_ppt", torch.zeros(2, 1, 6, 8)),
+        ("vit_base.transformer.surplus", torch.zeros(1)),
+        ("class_head.weight", None),
+    ],
+)
+def test_an_official_checkpoint_that_is_amiss_is_refused_by_name(tmp_path, name, value):
+    state = official_checkpoint(dim=64, depth=12, tokens=5, inner=8, classes=3, patch=4) | {name: value}
+    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "official.pth")
+    hint = "fusion.prompt_map.tokens" if "deep_ppt" in name else name.split("encoder.")[-1].split("transformer.")[-1]
+    hint = hint.replace("class_head", "head")
+    with pytest.raises(ValueError, match=hint):
+        sa2vp.load_official(tmp_path / "official.pth")
+
+
+def literal(model, window, distill_layers, fusion_layers, scale, image):
+    """Equations (1) to (7) for one image, token by token and head by head: (base, prompt) class tokens."""
+    backbone = model.vit
+    heads = backbone.blocks[0].attn.heads
+    grids = {"B": backbone.grid, "P": model.prompt_grid}
+
+    def neighbours(t, to, of):
+        (h, w), (h2, w2) = grids[to], grids[of]
+        if t == 0 or window is None:
+            return list(range(1 + h2 * w2))
+        y, x = divmod(t - 1, w)
+
+        def near(place, n, place2, n2):  # distance of the centres, against half a window of the larger cells
+            distance = abs((2 * place + 1) / (2 * n) - (2 * place2 + 1) / (2 * n2))
+            return distance < window / 2 * max(1 / n, 1 / n2) - 1e-9
+
+        return [1 + y2 * w2 + x2 for y2 in range(h2) for x2 in range(w2) if near(y, h, y2, h2) and near(x, w, x2, w2)]
+
+    def interact(i, x, y, to, of):
+        block = backbone.blocks[i]
+        (wq, wk, wv), (bq, bk, bv) = block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)
+        messages = []
+        for t in range(len(x)):
+            q = wq @ block.norm1(x[t]) + bq
+            o = []
+            for head in torch.arange(len(q)).chunk(heads):
+                us = neighbours(t, to, of)
+                keys = torch.stack([(wk @ block.norm1(y[u]) + bk)[head] for u in us])
+                values = torch.stack([(wv @ block.norm1(y[u]) + bv)[head] for u in us])
+                o.append((keys @ q[head] / math.sqrt(len(head))).softmax(dim=0) @ values)
+            messages.append(block.attn.proj(torch.cat(o)))
+        z = x + torch.stack(messages)
+        adapter = model.interactions[i].adapter
+        return scale * adapter.up(F.gelu(adapter.down(adapter.norm(z))))
+
+    positions = vit.interpolate_positions(backbone.pos_embed, grids["B"], grids["P"])[0]
+    base = torch.cat([backbone.cls_token[0], backbone.patch_embed(image[None])[0]]) + backbone.pos_embed[0]
+    prompt = model.prompt_map.tokens[0] @ model.prompt_map.proj.weight.T + model.prompt_map.proj.bias + positions
+    for i, block in enumerate(backbone.blocks):
+        next_base, next_prompt = block(base[None])[0], block(prompt[None])[0]
+        if i in fusion_layers:
+            fusion = model.interactions[i].fusion
+            next_prompt = next_prompt + fusion.gate * block(fusion.prompt_map())[0]
+        if i in distill_layers:
+            next_prompt = next_prompt + interact(i, prompt, base, "P", "B")
+        else:
+            next_base = next_base + interact(i, base, prompt, "B", "P")
+        base, prompt = next_base, next_prompt
+    return model.head(backbone.norm(base[0])), model.head(backbone.norm(prompt[0]))
+
+
+@pytest.mark.parametrize(
+    "prompt_grid, window, distill_layers, fusion_layers",
+    [
+        (None, 3, None, None),  # the paper's: D = {0, 4}, F = {4} of 5 layers
+        (None, 5, (), ()),  # every layer prompts
+        (None, None, (1, 2), (2,)),  # no alignment
+        ((2, 2), 3, (0, 4), (0, 4)),  # a smaller map, not in proportion
+        ((5, 7), 3, (0, 1, 2, 3, 4), (1,)),  # a larger one; every layer distils
+        ((6, 8), 1, (2,), ()),
+    ],
+)
+def test_equals_the_equations_taken_literally_token_by_token(prompt_grid, window, distill_layers, fusion_layers):
+    model = small_model(prompt_grid, window, distill_layers=distill_layers, fusion_layers=fusion_layers)
+    images = torch.randn(2, 3, 48, 64, dtype=torch.double)  # a grid of 3 x 4
+    d = (0, 4) if distill_layers is None else distill_layers
+    f = (4,) if fusion_layers is None else fusion_layers
+    pairs = [literal(model, window, d, f, 0.5, image) for image in images]
+    expected = [torch.stack(logits) for logits in zip(*pairs)]
+    ours = model(images)
+    torch.testing.assert_close(list(ours), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.predict(images), expected[0], rtol=1e-9, atol=1e-9)
+
+    def gradients(logits):
+        loss = sa2vp.two_pathway_loss(logits, torch.tensor([0, 2]))
+        return torch.autograd.grad(loss, list(sa2vp.trained_parameters(model).values()), allow_unused=True)
+
+    for name, grad, right in zip(sa2vp.trained_parameters(model), gradients(ours), gradients(expected)):
+        assert (grad is None) == (right is None), name
+        if grad is not None:
+            torch.testing.assert_close(grad, right, rtol=1e-7, atol=1e-9, msg=lambda text: f"{name}: {text}")
+
+
+def test_in_one_interaction_a_prompt_token_reaches_just_its_neighbourhood():
+    model = small_model(image_size=(80, 80))  # 5 x 5
+    base = torch.randn(1, 26, 16, dtype=torch.double)
+    prompt = torch.randn(1, 26, 16, dtype=torch.double, requires_grad=True)
+    next_base, _ = model.interactions[1](model.vit.blocks[1], base, prompt)
+    for t in range(26):
+        (grad,) = torch.autograd.grad(next_base[0, t].sum(), prompt, retain_graph=True)
+        reached = set(grad[0].abs().sum(dim=1).nonzero().flatten().tolist())
+        y, x = divmod(t - 1, 5)
+        around = {1 + 5 * a + b for a in range(5) for b in range(5) if abs(a - y) <= 1 and abs(b - x) <= 1}
+        assert reached == (set(range(26)) if t == 0 else around)
+
+
+@pytest.mark.parametrize(
+    "grid, other, corner, inner",
+    [((14, 14), (14, 14), 4, 9), ((14, 14), (7, 7), 4, 9), ((7, 7), (14, 14), 16, 36)],
+)
+def test_neighbourhoods_have_the_sizes_the_method_gives(grid, other, corner, inner):
+    mask = sa2vp.aligned_neighbourhood(grid, other, window=3)
+    sizes = mask.sum(dim=1)
+    h, w = grid
+    assert sizes[0] == 1 + other[0] * other[1] and not mask[1:, 0].any()
+    assert sizes[1] == corner and sizes[1 + h // 2 * w + w // 2] == inner
+
+
+@pytest.mark.parametrize("window", [0, 2, -1])
+def test_a_window_is_odd_and_positive(window):
+    with pytest.raises(ValueError, match="odd and positive"):
+        small_model(window=window)
+
+
+def test_an_empty_neighbourhood_is_an_error_and_not_a_nan():
+    with pytest.raises(ValueError, match="nothing to attend to"):
+        sa2vp.aligned_neighbourhood((3, 3), (2, 2), window=1)
+
+
+def test_fusion_outside_distillation_is_an_error():
+    for layers in ({"distill_layers": (0,), "fusion_layers": (4,)}, {"distill_layers": (0, 5)}):
+        with pytest.raises(ValueError, match="must be among"):
+            small_model(**layers)
+
+
+def test_trained_parameters_are_as_many_as_the_paper_says():
+    backbone = vit.VisionTransformer()
+    for options, count in (
+        (dict(inner_dim=8), 202_200),
+        (dict(inner_dim=16), 372_912),
+        (dict(inner_dim=32), 714_336),
+        (dict(inner_dim=64), 1_397_184),
+        (dict(inner_dim=16, prompt_grid=(7, 7)), 365_856),
+        (dict(inner_dim=64, fusion_layers=(4,)), 1_333_888),  # cars
+    ):
+        assert sa2vp.count_trained(sa2vp.SA2VP(backbone, 10, **options)) == count
+    assert sa2vp.count_trained(sa2vp.LinearProbe(backbone, 10)) == 0
+    assert sa2vp.count_trained(sa2vp.VPTDeep(backbone, 10)) == 12 * 50 * 768
+    encoder = sum(parameter.numel() for parameter in backbone.parameters())
+    assert sa2vp.count_trained(sa2vp.FullFineTuning(backbone, 10)) == encoder
+
+
+def test_what_does_not_depend_on_the_image_is_computed_for_a_batch_of_one():
+    model = small_model()
+    sizes = []
+    for block in model.vit.blocks:
+        block.norm2.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:2]))
+    model(torch.randn(3, 3, 48, 64, dtype=torch.double))
+    base, prompt, fusion, class_only = (3, 13), (3, 13), (1, 13), (3, 1)
+    #       layer 0            1             2             3             4
+    assert sizes == [base, fusion, base, prompt, base, prompt, base, prompt, class_only, class_only, fusion]
+
+
+def test_prediction_leaves_out_the_last_layer_of_the_prompt_pathway():
+    model = small_model(distill_layers=(0,))
+    calls = []
+    model.vit.blocks[-1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    images = torch.randn(2, 3, 48, 64, dtype=torch.double)
+    base, _ = model(images)
+    assert len(calls) == 2
+    assert torch.equal(model.predict(images), base) and len(calls) == 3
+
+
+def test_one_dropout_governs_both_pathways_the_encoder_and_the_adapters():
+    model = small_model(dropout=0.25)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
+    images = torch.randn(2, 3, 48, 64, dtype=torch.double)
+    assert torch.equal(model(images)[0], model(images)[0])
+    model.train()
+    assert not torch.equal(model(images)[0], model(images)[0])
+
+
+def test_initialisation_is_the_methods():
+    model = sa2vp.SA2VP(vit.VisionTransformer(64, 16, 256, 5, 4), 50, inner_dim=16)
+    parameters = sa2vp.trained_parameters(model)
+    for name, tensor in parameters.items():
+        std = tensor.std().item()
+        if name.endswith(("tokens", "gate", "head.weight")):
+            assert std == pytest.approx(0.02, rel=0.2), name
+        elif name.endswith(("proj.weight", "down.weight", "up.weight")):
+            assert std == pytest.approx(math.sqrt(2 / (256 + 16)), rel=0.1), name  # Xavier
+        elif name.endswith("norm.weight"):
+            assert torch.equal(tensor, torch.ones(256))
+        elif name.endswith("norm.bias"):
+            assert not tensor.any()
+        elif name != "head.bias":
+            assert std < 1e-5, name
+
+
+def test_vpt_prompts_take_part_in_every_layer():
+    model = sa2vp.VPTDeep(small_vit(), 3, prompts=2)
+    (logits,) = model(torch.randn(2, 3, 32, 32))
+    logits.square().sum().backward()
+    assert model.prompts.grad.abs().sum(dim=(1, 2, 3)).all()
+
+
+def test_the_loss_weighs_the_pathways_8_to_2():
+    base, prompt, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    expected = 0.8 * F.cross_entropy(base, labels) + 0.2 * F.cross_entropy(prompt, labels)
+    torch.testing.assert_close(sa2vp.two_pathway_loss((base, prompt), labels), expected)
+    torch.testing.assert_close(sa2vp.two_pathway_loss((base,), labels), F.cross_entropy(base, labels))
+
+
+# ---------------------------------------------------------------------- the data
+
+
+def write(folder, **texts):
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+
+
+def make_cub(root, per_class=12):
+    """The official archive's layout: four text files and a folder per class."""
+    folder = root / "CUB_200_2011"
+    classes = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
+    rows = [(f"{name}/{i}.jpg", 1 + label, i % 2) for label, name in enumerate(classes) for i in range(per_class)]
+    for path, _, _ in rows:
+        (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 40)).save(folder / "images" / path)
+    write(
+        folder,
+        images="".join(f"{n} {path}\n" for n, (path, _, _) in enumerate(rows, 1)),
+        image_class_labels="".join(f"{n} {label}\n" for n, (_, label, _) in enumerate(rows, 1)),
+        train_test_split="".join(f"{n} {is_train}\n" for n, (_, _, is_train) in enumerate(rows, 1)),
+        classes="".join(f"{n} {name}\n" for n, name in enumerate(classes, 1)),
+    )
+    return folder
+
+
+def test_cub_is_read_by_its_official_split(tmp_path):
+    make_cub(tmp_path)
+    splits = data.load(data.find("cub"), tmp_path, seed=0)
+    assert splits.classes == ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
+    assert [len(samples) for samples in splits[:3]] == [10, 2, 12] and "official" in splits.origin
+    for path, label in splits.train + splits.val + splits.test:
+        assert path.parent.name == splits.classes[label]
+        assert (int(path.stem) % 2 == 0) == ((path, label) in splits.test)
+
+
+def test_cub_is_read_by_the_json_split_where_it_lies_beside_the_images(tmp_path):
+    folder = make_cub(tmp_path)
+    for i, split in enumerate(("train", "val", "test")):
+        listed = {f"001.Black_footed_Albatross/{i}.jpg": 1, f"002.Laysan_Albatross/{i}.jpg": 2}
+        (folder / f"{split}.json").write_text(json.dumps(listed))
+    splits = data.load(data.find("cub"), tmp_path, seed=0)
+    assert "json" in splits.origin and len(splits.classes) == 200
+    assert [[(path.stem, label) for path, label in samples] for samples in splits[:3]] == [
+        [(str(i), 0), (str(i), 1)] for i in range(3)
+    ]
+    assert splits.classes[:2] == ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
+
+
+@pytest.mark.parametrize("listed, named", [({"001.x/no.jpg": 1}, "no.jpg"), ({"002.Laysan_Albatross/0.jpg": 0}, "0.jpg")])
+def test_a_listed_picture_that_is_missing_or_a_label_out_of_range_is_named(tmp_path, listed, named):
+    folder = make_cub(tmp_path)
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.json").write_text(json.dumps(listed))
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        data.load(data.find("cub"), tmp_path, seed=0)
+
+
+def test_a_folder_is_read_with_its_own_validation_or_with_a_tenth_held_out(tmp_path):
+    folder = make_folder(tmp_path / "a", {"train": 20, "test": 3})
+    splits = data.load(data.find(str(folder)), tmp_path, seed=1)
+    assert [len(samples) for samples in splits[:3]] == [36, 4, 6] and splits.classes == ["ant", "bee"]
+    assert [label for _, label in splits.val] == [0, 0, 1, 1]
+    assert not {path for path, _ in splits.train} & {path for path, _ in splits.val}
+    assert splits == data.load(data.find(str(folder)), tmp_path, seed=1)
+    assert splits.val != data.load(data.find(str(folder)), tmp_path, seed=2).val
+    make_folder(tmp_path / "b", {"train": 20, "val": 5, "test": 3})
+    splits = data.load(data.find(str(tmp_path / "b")), tmp_path, seed=1)
+    assert [len(samples) for samples in splits[:3]] == [40, 10, 6]
+
+
+def test_a_class_of_one_picture_stays_in_train():
+    assert data.hold_out([("a", 0), ("b", 1), ("c", 1)], seed=0)[0][0] == ("a", 0)
+
+
+def test_an_interrupted_download_leaves_nothing_and_says_what_to_fetch(tmp_path, monkeypatch):
+    def interrupted(url, part, md5):
+        (Path(part) / "CUB_200_2011.tgz").write_bytes(b"half")
+        raise stop
+
+    monkeypatch.setattr(data, "download_and_extract_archive", interrupted)
+    for stop, seen in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError("no network"), FileNotFoundError)):
+        with pytest.raises(seen) as error:
+            data.load(data.find("cub"), tmp_path / "root", seed=0)
+        assert not list((tmp_path / "root").iterdir())
+    assert "https://data.caltech.edu" in str(error.value) and "CUB_200_2011" in str(error.value)
+
+
+def test_drawn_pictures_are_always_the_same_and_balanced():
+    for name, classes in (("shapes", 8), ("shapes-source", 16)):
+        splits = data.load(data.find(name), Path("."), seed=1)
+        again = data.load(data.find(name), Path("."), seed=2)
+        assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(splits.val, again.val))
+        counts = np.bincount([label for _, label in splits.val], minlength=classes)
+        assert len(counts) == classes and counts.min() == counts.max()
+        assert not any(np.array_equal(splits.train[0][0], picture) for picture, _ in splits.test)
+
+
+def test_the_target_task_of_the_drawn_pictures_is_the_direction_from_red_to_blue():
+    def centre(picture, channel):
+        hue = picture.astype(int)
+        ys, xs = np.nonzero(hue[..., channel] - np.delete(hue, channel, axis=2).max(axis=2) > 100)
+        return np.array([xs.mean(), ys.mean()])
+
+    for picture, label in data.where_is_blue(np.random.default_rng(5), 80):
+        dx, dy = centre(picture, 2) - centre(picture, 0)
+        angle = math.radians(45 * label)
+        assert math.cos(angle) * dx + math.sin(angle) * dy > 0.85 * math.hypot(dx, dy), data.DIRECTIONS[label]
+
+
+def test_transforms_are_the_papers():
+    picture = Image.new("RGB", (500, 400), (255, 0, 0))
+    for training in (True, False):
+        for crop in (True, False):
+            image = data.transform(crop, training, (224, 224), (0.5,) * 3, (0.5,) * 3)(picture)
+            assert image.shape == (3, 224, 224)
+            assert torch.equal(image[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")])
+def test_pictures_of_every_kind_become_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"picture.{suffix}"
+    Image.new("RGB", (9, 7), (200, 200, 200)).convert(mode).save(path)
+    picture = data.open_picture(path)
+    assert picture.mode == "RGB" and picture.size == (9, 7)
+    assert abs(picture.getpixel((4, 3))[0] - 200) < 6
+
+
+def test_a_picture_that_the_camera_turned_stands_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.new("RGB", (9, 7)).save(tmp_path / "turned.jpg", exif=exif)
+    assert data.open_picture(tmp_path / "turned.jpg").size == (7, 9)
+
+
+def test_augmentation_does_not_depend_on_the_number_of_workers(files):
+    splits = data.load(data.find(str(files / "insects")), files, seed=0)
+    show = data.transform(True, True, (32, 32), (0.5,) * 3, (0.5,) * 3)
+    epochs = []
+    for workers in (0, 2):
+        loader = data.batches(splits.train, show, 4, workers, shuffle_seed=3)
+        loader.sampler.epoch = 1
+        epochs.append(torch.cat([images for images, _ in loader]))
+    assert torch.equal(*epochs)
+    loader.sampler.epoch = 2
+    assert not torch.equal(epochs[0], torch.cat([images for images, _ in loader]))
+
+
+# ---------------------------------------------------------------------- training
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine():
+    rates = [train.learning_rate(step, 10, 100, 1e-3) for step in range(100)]
+    assert rates[0] == 0 and rates[9] == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
+    assert rates[4] == pytest.approx(1e-3 * 4 / 9)
+    assert rates[55] == pytest.approx(1e-7 + (1e-3 - 1e-7) / 2)
+    assert 1e-7 < rates[99] < 1e-6
+    assert train.learning_rate(0, 0, 10, 1e-3) == 1e-3 and train.learning_rate(0, 1, 10, 1e-3) == 0
+
+
+def test_weight_decay_is_on_matrices_and_prompt_maps_alone():
+    model = small_model()
+    decayed, rest = train.make_optimizer(model, 0.1).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"weight", "tokens"}
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
+    assert {names[id(p)].split(".")[-1] for p in rest["params"]} == {"weight", "bias", "gate"}
+    assert len(decayed["params"]) + len(rest["params"]) == len(sa2vp.trained_parameters(model))
+
+
+def outcome(out):
+    """Everything a run leaves but its times."""
+    result = json.loads((out / "result.json").read_text())
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    for row in (result, *rows):
+        row.pop("seconds", None), row.pop("images_per_second", None)
+    tensors = [torch.load(out / name, weights_only=True)["trained"] for name in ("best.pt", "last.pt")]
+    return result, rows, tensors
+
+
+def same(a, b):
+    assert a[:2] == b[:2]
+    for ours, theirs in zip(a[2], b[2]):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("method", sa2vp.METHODS)
+def test_a_run_from_the_command_line_writes_what_it_promises(run, files, capsys, method):
+    out = run("--method", method)
+    result = json.loads((out / "result.json").read_text())
+    assert result["method"] == method and result["data"] == "insects" and result["seed"] == 42
+    assert (result["prompt_accuracy"] is None) == (method != "sa2vp")
+    assert 0 <= result["accuracy"] <= 100 and result["images_per_second"] > 0 and result["seconds"] > 0
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    values = [float(row["val_accuracy"]) for row in rows]
+    assert result["val_accuracy"] == max(values) and result["best_epoch"] == 1 + values.index(max(values))
+
+    best = torch.load(out / "best.pt", weights_only=True)
+    assert best["classes"] == ["ant", "bee"] and best["epoch"] == result["best_epoch"]
+    assert any(name.startswith("vit.") for name in best["trained"]) == (method == "full")
+    assert result["trainable"] == sum(t.numel() for n, t in best["trained"].items() if not n.startswith("head."))
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "metrics.csv", "result.json"]
+
+    capsys.readouterr()
+    train.main(["--eval", str(out / "best.pt"), "--cpu"])
+    assert f"test {result['accuracy']} %" in capsys.readouterr().out
+
+
+def test_the_backbone_is_bit_for_bit_unchanged_by_training(files, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = vit.load_vit(files / "vit.pth")
+    given = {"data": str(files / "insects"), "weights": files / "vit.pth", "epochs": 2, "batch_size": 4}
+    for method, changes in (("sa2vp", False), ("vpt", False), ("linear", False), ("full", True)):
+        settings = train.settle(given | {"method": method})
+        model = train.fit(settings, Path(method), Path("."), 0, torch.device("cpu"))
+        same_bits = [torch.equal(a, b) for a, b in zip(before.state_dict().values(), model.vit.state_dict().values())]
+        assert all(same_bits) != changes
+
+
+@pytest.mark.parametrize("killed_in", [0, 2])
+def test_a_resumed_run_ends_with_the_numbers_of_one_never_interrupted(run, monkeypatch, capsys, killed_in):
+    whole = outcome(run("--dropout", 0.2, out="whole", epochs=4))
+    evaluate, calls = train.evaluate, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == killed_in + 1:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run("--dropout", 0.2, out="broken", epochs=4)
+    assert stop.value.code == 130
+    assert "python train.py --resume --out broken" in capsys.readouterr().err
+    same(whole, outcome(run("--resume", "--out", "broken", out="broken")))
+    same(whole, outcome(run("--resume", "--out", "broken", out="broken")))  # a finished run stays as it is
+
+
+def test_a_resumed_run_refuses_other_settings_than_its_own(run, capsys):
+    out = run("--lr", 0.01)
+    before = outcome(out)
+    assert "lr 0.01" in refusal(capsys, ["--resume", "--out", out, "--lr", 0.02, "--cpu"])
+    same(before, outcome(out))
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_default_folders_are_numbered(run, capsys, files):
+    out = run()
+    before = outcome(out)
+    common = ["--data", files / "insects", "--weights", files / "vit.pth", "--cpu"]
+    assert "already holds a run" in refusal(capsys, [*common, "--out", out])
+    same(before, outcome(out))
+    for _ in range(2):
+        train.main([str(flag) for flag in [*common, "--epochs", 1, "--batch-size", 4, "--workers", 0]])
+    assert Path("runs/insects-sa2vp/result.json").exists() and Path("runs/insects-sa2vp-2/result.json").exists()
+
+
+def test_a_tuned_model_is_loaded_for_prediction_and_a_wrong_backbone_refused(run, files, tmp_path):
+    out = run("--window", "none", "--prompt-grid", "3x4")
+    model, meta = sa2vp.load(out / "best.pt")
+    assert meta["classes"] == ["ant", "bee"] and meta["image_size"] == (224, 224) and not model.training
+    assert model.prompt_grid == (3, 4) and model.predict(torch.randn(2, 3, 224, 224)).shape == (2, 2)
+    torch.manual_seed(1)
+    torch.save(vit.VisionTransformer(224, 32, 64, 5, 1).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="another backbone"):
+        sa2vp.load(out / "best.pt", weights=tmp_path / "other.pth")
+
+
+def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = {"shapes": (data.where_is_blue, data.DIRECTIONS), "shapes-source": (data.what_and_which_colour, data.KINDS)}
+    for name, (task, classes) in few.items():
+        row = data.DataSet(name, data.drawn(task, classes, 64, 16, 16), crop=False, image_size=data.SIDE, drawn=True)
+        monkeypatch.setitem(data.TABLE, name, row)
+    monkeypatch.setitem(train.PRETRAINING, "epochs", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--cpu", "--epochs", "2"])
+    assert stop.value.code == 130 and "to go on: python train.py --cpu --epochs 2" in capsys.readouterr().err
+    train.main(["--cpu", "--epochs", "2"])
+    assert "pre-training" in capsys.readouterr().out
+    train.main(["--cpu", "--epochs", "2", "--method", "linear"])
+    assert "pre-training" not in capsys.readouterr().out
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["shapes-linear", "shapes-sa2vp", "shapes-vit"]
+    assert vit.load_vit("runs/shapes-vit/vit.pt", data.SIDE).mean == vit.IMAGENET_MEAN
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--data", "nonsense"], "cub, shapes"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "3", "--warmup-epochs", "3"], "above"),
+        (["--batch-size", "1000"], "no batch of 1000"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--dropout", "1"], "--dropout"),
+        (["--inner-dim", "0"], "--inner-dim"),
+        (["--inner-dim", "x"], "--inner-dim"),
+        (["--prompt-grid", "7"], "--prompt-grid"),
+        (["--prompt-grid", "0x7"], "--prompt-grid"),
+        (["--prompt-grid", "2x2", "--window", "1"], "nothing to attend to"),
+        (["--window", "2"], "--window"),
+        (["--distill-layers", "0,9"], "must be among"),
+        (["--fusion-layers", "1"], "must be among"),
+        (["--method", "linear", "--window", "3"], "--window is a setting of --method sa2vp"),
+        (["--method", "magic"], "magic"),
+        (["--gpu", "99"], "no GPU 99"),
+        (["--weights", "absent.pth"], "absent.pth"),
+        (["--weights", __file__], "test_sa2vp.py"),
+        (["--nonsense"], "--nonsense"),
+        (["--resume", "--out", "empty"], "no run to resume"),
+        (["--eval", "absent.pt"], "absent.pt"),
+        (["--eval", __file__], "test_sa2vp.py"),
+        (["--lr", "1e30", "--batch-size", "4"], "loss is not finite"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(files, tmp_path, monkeypatch, capsys, flags, part):
+    monkeypatch.chdir(tmp_path)
+    common = ["--workers", "0"] if "--gpu" in flags else ["--workers", "0", "--cpu"]
+    for flag, value in (("--data", files / "insects"), ("--weights", files / "vit.pth"), ("--batch-size", 4)):
+        if flag not in flags and not {"--eval", "--resume"} & set(flags):
+            common += [flag, value]
+    assert part in refusal(capsys, [*flags, *common])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_named(files, tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "pictures")
+    (folder / "train" / "bee" / "broken.jpg").write_bytes(b"\xff\xd8 this is no picture")
+    line = refusal(capsys, ["--data", folder, "--weights", files / "vit.pth", "--batch-size", 13 - 2, "--workers", workers,
+                            "--epochs", 9, "--cpu"])  # fmt: skip
+    assert "broken.jpg" in line
+
+
+def test_a_folder_without_classes_or_tests_says_what_it_needs(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--weights", files / "vit.pth", "--cpu", "--data"]
+    (tmp_path / "empty").mkdir()
+    assert "train/<class>/" in refusal(capsys, [*flags, "empty"])
+    make_folder(tmp_path / "untested", {"train": 3})
+    assert "test/<class>/" in refusal(capsys, [*flags, "untested"])
+    make_folder(tmp_path / "other", {"train": 3, "test": 1})
+    make_folder(tmp_path / "other", {"test": 1}, classes=("wasp",))
+    assert "'wasp'" in refusal(capsys, [*flags, "other"])
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    train.save_whole(tmp_path / "file", b"before")
+
+    def full_disk(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(train.os, "fsync", full_disk)
+    with pytest.raises(OSError):
+        train.save_whole(tmp_path / "file", b"after")
+    assert (tmp_path / "file").read_bytes() == b"before"

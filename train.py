@@ -1,0 +1,458 @@
+"""Tunes a pre-trained ViT on a data set: `python train.py --data cub --gpu 0`, or `--help` for the settings.
+
+A run writes into its folder: metrics.csv (a row per epoch), best.pt (what was trained, of the epoch
+that did best on validation data), last.pt (everything needed to go on), and result.json.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import sa2vp
+from vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_vit
+
+# AdamW's peak learning rate for each method: the paper's for sa2vp; the baselines' were searched on
+# validation data. A data set may have its own.
+LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "linear": 1e-2, "full": 1e-4}
+SA2VP_SETTINGS = "inner_dim scale dropout window prompt_grid distill_layers fusion_layers".split()
+
+# The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
+SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=1)
+SMALL_VIT_FILE = Path("runs/shapes-vit/vit.pt")
+PRETRAINING = dict(
+    data="shapes-source", method="full", weights=None, epochs=6, batch_size=64, lr=2e-3, weight_decay=1e-4,
+    warmup_epochs=1, seed=42,
+)  # fmt: skip
+
+
+def main(argv=None):
+    """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    out = None
+    try:
+        given = vars(command_line().parse_args(argv))  # just the settings that were given
+        device = choose_device(given.pop("gpu", None), given.pop("cpu", False))
+        place = dict(root=Path(given.pop("root", "data")), workers=given.pop("workers", None), device=device)
+        if "eval" in given:
+            return evaluate_checkpoint(given.pop("eval"), given, **place)
+        resume, out = given.pop("resume", False), given.pop("out", None)
+        settings = settle(given)
+        if resume:
+            out = out or default_out(settings, taken=True)
+            settings = resumed_settings(out, settings, given)
+        elif out is None:
+            out = default_out(settings)
+        elif any((out / name).exists() for name in ("last.pt", "best.pt", "result.json")):
+            raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
+        if settings["weights"] == str(SMALL_VIT_FILE.resolve()):
+            pretrain_small_vit(**place)
+        fit(settings, out, **place)
+    except KeyboardInterrupt:
+        again = ["--resume", "--out", str(out)] if out and (out / "last.pt").exists() else argv
+        print(f"\ninterrupted; to go on: python train.py {shlex.join(again)}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        # An error from a loader's worker comes with that process's traceback; its last line is the sentence.
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        print(f"train.py: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------- the loop
+
+
+def fit(settings, out, root, workers, device):
+    """Trains by `settings`, from where out/last.pt stands if there is one; returns the chosen epoch's model.
+
+    Everything random in an epoch follows from (seed, epoch), so that a run that is interrupted and
+    resumed after any whole epoch ends with the numbers of one that never was.
+    """
+    row = data.find(settings["data"])
+    splits = data.load(row, root, settings["seed"])
+    if not splits.val or not splits.test:
+        raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
+    if len(splits.train) < settings["batch_size"]:
+        raise ValueError(f"{len(splits.train)} training pictures make no batch of {settings['batch_size']}")
+    model, meta = build(settings, row, splits.classes)
+    model.to(device)
+
+    def batches(samples, **how):
+        show = data.transform(row.crop, "shuffle_seed" in how, meta["image_size"], meta["mean"], meta["std"])
+        default_workers = 0 if row.drawn else min(8, os.cpu_count())
+        return data.batches(samples, show, settings["batch_size"], default_workers if workers is None else workers, **how)
+
+    train, val = batches(splits.train, shuffle_seed=settings["seed"]), batches(splits.val)
+    optimizer = make_optimizer(model, settings["weight_decay"])
+    warmup_steps, total_steps = settings["warmup_epochs"] * len(train), settings["epochs"] * len(train)
+
+    print(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
+          f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
+    print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on {device}, "
+          f"to {out}")  # fmt: skip
+
+    history = []  # a row per epoch
+    if (out / "last.pt").exists():
+        last = read_checkpoint(out / "last.pt")
+        if last["fingerprint"] != meta["fingerprint"]:
+            raise ValueError(f"{out} was begun on another backbone than {meta['weights']} holds now")
+        sa2vp.load_trained(model, last["trained"])
+        optimizer.load_state_dict(last["optimizer"])
+        history = last["history"]
+    else:
+        save_checkpoint(out / "last.pt", model, meta, optimizer=optimizer.state_dict(), history=history)
+
+    for epoch in range(len(history), settings["epochs"]):
+        torch.manual_seed(settings["seed"] + epoch)  # dropout
+        train.sampler.epoch = epoch
+        model.train()
+        start = time.perf_counter()
+        losses = []
+        bar = tqdm(train, f"epoch {epoch + 1}/{settings['epochs']}", unit="batch", leave=False, disable=None)
+        for step, (images, labels) in enumerate(bar, start=epoch * len(train)):
+            lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with autocast(device):
+                loss = sa2vp.two_pathway_loss(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            if step % 10 == 0 or len(losses) == len(train):  # to read the loss makes a GPU wait: not in every step
+                if not math.isfinite(loss.item()):
+                    raise ValueError(
+                        f"the loss is not finite in epoch {epoch + 1}: try a lower --lr ({out} keeps what was before)"
+                    )
+                speed = len(losses) * len(images) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {speed:.0f} images/s")
+        accuracies = evaluate(model, val, device)
+        history.append({
+            "epoch": epoch + 1,
+            "loss": torch.stack(losses).mean().item(),
+            "lr": lr,
+            "val_accuracy": accuracies[0],
+            "val_prompt_accuracy": accuracies[1],
+            "images_per_second": speed,
+            "seconds": time.perf_counter() - start,
+        })  # fmt: skip
+        print("epoch {epoch:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {val_accuracy:.2f} %".format(**history[-1])
+              + ("" if accuracies[1] is None else f" (prompt pathway {accuracies[1]:.2f} %)")
+              + f"  {speed:.0f} images/s")  # fmt: skip
+        if chosen(history) is history[-1]:
+            save_checkpoint(out / "best.pt", model, meta, **history[-1])
+        save_table(out / "metrics.csv", history)
+        save_checkpoint(out / "last.pt", model, meta, optimizer=optimizer.state_dict(), history=history)
+
+    # The test data is used here, once, with the epoch that validation chose.
+    best = chosen(history)
+    sa2vp.load_trained(model, read_checkpoint(out / "best.pt")["trained"])
+    if not (out / "result.json").exists():
+        accuracy, prompt_accuracy = evaluate(model, batches(splits.test), device)
+        result = {
+            "method": settings["method"],
+            "data": row.name,
+            "accuracy": accuracy,
+            "prompt_accuracy": prompt_accuracy,
+            "val_accuracy": best["val_accuracy"],
+            "best_epoch": best["epoch"],
+            "trainable": sa2vp.count_trained(model),
+            "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
+            "seconds": sum(epoch["seconds"] for epoch in history),
+            "seed": settings["seed"],
+        }
+        save_whole(out / "result.json", json.dumps(result, indent=2).encode())
+    result = json.loads((out / "result.json").read_text())
+    print("test {accuracy:.2f} % with epoch {best_epoch}, after {seconds:.0f} s".format(**result))
+    return model
+
+
+def make_optimizer(model, weight_decay):
+    """AdamW, eps 1e-8; weight decay on matrices and prompt maps, none on biases, norms and other vectors."""
+    trained = sa2vp.trained_parameters(model).values()
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+
+
+def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
+    """Linear warm-up from 0 to the peak, then a cosine down to the floor; steps count from 0."""
+    if step < warmup_steps:
+        return peak * step / max(1, warmup_steps - 1)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@torch.inference_mode()
+def evaluate(model, batches, device):
+    """Accuracy in percent of each pathway: [base, prompt], the latter None for methods of one pathway."""
+    model.eval()
+    correct = 0
+    for images, labels in batches:
+        with autocast(device):
+            logits = model(images.to(device, non_blocking=True))
+        labels = labels.to(device, non_blocking=True)
+        correct += torch.stack([(scores.argmax(dim=1) == labels).sum() for scores in logits])
+    accuracies = [100 * n / len(batches.dataset) for n in correct.tolist()]
+    return accuracies if len(accuracies) == 2 else [*accuracies, None]
+
+
+def autocast(device):
+    """bfloat16 where matrix products are faster in it: on CUDA."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def chosen(history):
+    """The epoch that is kept: the first of highest validation accuracy, base pathway."""
+    return max(history, key=lambda epoch: epoch["val_accuracy"])
+
+
+# ---------------------------------------------------------------------- what a run starts from
+
+
+def settle(given):
+    """Every setting of a run: what was given, else the data set's own, else the recipe's."""
+    row = data.find(given.get("data", "shapes"))
+    method, epochs = given.get("method", "sa2vp"), given.get("epochs", row.epochs)
+    settings = dict(
+        data=row.name,
+        method=method,
+        weights=str(SMALL_VIT_FILE) if row.drawn else "imagenet21k",
+        epochs=epochs,
+        batch_size=row.batch_size,
+        lr=(LEARNING_RATE | row.lr)[method],
+        weight_decay=1e-4,
+        warmup_epochs=round(epochs / 10),  # the recipe's 10 of 100
+        seed=42,
+    )
+    if method == "sa2vp":
+        settings |= dict(inner_dim=row.inner_dim, scale=row.scale, dropout=row.dropout, window=3)
+        settings |= dict(prompt_grid=None, distill_layers=None, fusion_layers=None)
+    for name in given:
+        if name not in settings:
+            raise ValueError(f"--{name.replace('_', '-')} is a setting of --method sa2vp, not of {method}")
+    settings |= given
+    if settings["data"] not in data.TABLE:
+        settings["data"] = str(Path(given["data"]).resolve())
+    if settings["weights"] != "imagenet21k":
+        settings["weights"] = str(Path(settings["weights"]).resolve())
+    if settings["epochs"] <= settings["warmup_epochs"]:
+        raise ValueError(f"--epochs {epochs} must be above --warmup-epochs {settings['warmup_epochs']}")
+    return settings
+
+
+def build(settings, row, classes):
+    """The model, seeded, and `meta`: what its checkpoints say beside the trained parameters."""
+    torch.manual_seed(settings["seed"])
+    image_size, weights = (row.image_size, row.image_size), settings["weights"]
+    if weights is None:  # pre-training starts from nothing
+        vit = VisionTransformer(**SMALL_VIT)
+        vit.mean, vit.std = IMAGENET_MEAN, IMAGENET_STD
+    else:
+        vit = load_vit(weights, image_size)
+    meta = dict(
+        method=settings["method"],
+        options={name: settings[name] for name in SA2VP_SETTINGS if name in settings},
+        classes=list(classes),
+        settings=settings,
+        weights=weights,
+        fingerprint=vit.fingerprint(),
+        heads=vit.blocks[0].attn.heads,
+        image_size=image_size,
+        mean=vit.mean,
+        std=vit.std,
+    )
+    return sa2vp.METHODS[settings["method"]](vit, len(classes), **meta["options"]), meta
+
+
+def pretrain_small_vit(**place):
+    """Trains the drawn pictures' backbone by the same loop, once, and writes its weights under timm's names."""
+    if not SMALL_VIT_FILE.exists():
+        print(f"pre-training a small ViT on single shapes (once; kept as {SMALL_VIT_FILE})")
+        model = fit(PRETRAINING, SMALL_VIT_FILE.parent, **place)
+        save_whole(SMALL_VIT_FILE, torch_bytes({"model": model.vit.cpu().state_dict()}))
+        print()
+
+
+def default_out(settings, taken=False):
+    """runs/<data>-<method>, with the next free number; or, of those, the last that is `taken`."""
+    name = f"runs/{data.find(settings['data']).name.replace('/', '-')}-{settings['method']}"
+    for number in itertools.count(1):
+        out = Path(name if number == 1 else f"{name}-{number}")
+        if not out.exists():
+            return last if taken and number > 1 else out
+        last = out
+
+
+def resumed_settings(out, settings, given):
+    """The settings of the run in `out`; ValueError if one that is given now is another."""
+    if not (out / "last.pt").exists():
+        raise ValueError(f"{out} holds no run to resume: it has no last.pt")
+    stored = read_checkpoint(out / "last.pt")["settings"]
+    for name in given:
+        if settings[name] != stored.get(name):
+            raise ValueError(f"{out} was run with {name} {stored.get(name)}, not {settings[name]}: leave it out")
+    return stored
+
+
+def evaluate_checkpoint(path, given, root, workers, device):
+    """--eval: prints the test accuracy of a checkpoint again."""
+    for name in given.keys() - {"data", "weights"}:
+        raise ValueError(f"--{name.replace('_', '-')} has no part in --eval")
+    model, meta = sa2vp.load(path, given.get("weights"))
+    row = data.find(given.get("data", meta["settings"]["data"]))
+    splits = data.load(row, root, meta["settings"]["seed"])
+    if splits.classes != meta["classes"]:
+        raise ValueError(f"{path} was trained on other classes than {row.name} has")
+    show = data.transform(row.crop, False, meta["image_size"], meta["mean"], meta["std"])
+    test = data.batches(splits.test, show, meta["settings"]["batch_size"], workers or 0)
+    accuracy, prompt_accuracy = evaluate(model.to(device), test, device)
+    print(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
+
+
+# ---------------------------------------------------------------------- files
+
+
+def save_whole(path, content):
+    """Writes bytes so that the file is there whole or, whatever happens meanwhile, as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def torch_bytes(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def save_checkpoint(path, model, meta, **more):
+    trained = {name: tensor.detach().cpu() for name, tensor in sa2vp.trained_parameters(model).items()}
+    save_whole(path, torch_bytes({**meta, **more, "trained": trained}))
+
+
+def read_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of this project") from error
+
+
+def save_table(path, rows):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    save_whole(path, text.getvalue().encode())
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+class CommandLine(argparse.ArgumentParser):
+    def error(self, message):  # one sentence, as for every other bad input, without the usage
+        raise ValueError(message)
+
+
+def number(kind, what, fits):
+    """A type for argparse: a number that `fits`; else the message says `what` it has to be."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return parse
+
+
+def layers(text):
+    if not re.fullmatch(r"none|\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of layers such as 0,4,8, or none")
+    return () if text == "none" else tuple(map(int, text.split(",")))
+
+
+def grid(text):
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a height and width in tokens such as 7x7")
+    return tuple(map(int, text.split("x")))
+
+
+def window(text):
+    if text != "none" and not (text.isdigit() and int(text) % 2):
+        raise argparse.ArgumentTypeError(f"{text} is not an odd number of cells such as 3, or none")
+    return None if text == "none" else int(text)
+
+
+def command_line():
+    count = number(int, "a whole number of at least 1", lambda n: n >= 1)
+    natural = number(int, "a whole number of at least 0", lambda n: n >= 0)
+    positive = number(float, "a number above 0", lambda x: 0 < x < math.inf)
+    weight = number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
+    share = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
+
+    # Settings that are not given stay away, so that the data set's row and the recipe can fill them in.
+    line = CommandLine(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    add = line.add_argument
+    add("--data", metavar="NAME|PATH", help=f"{', '.join(data.TABLE)}, or a folder of pictures; default shapes")
+    add("--root", metavar="PATH", help="where data sets are kept; default data")
+    add("--weights", metavar="imagenet21k|PATH", help="the backbone's; default imagenet21k, for shapes its own")
+    device = line.add_mutually_exclusive_group()
+    device.add_argument("--gpu", type=natural, metavar="N", help="this GPU; default the best device there is")
+    device.add_argument("--cpu", action="store_true")
+    add("--method", choices=list(sa2vp.METHODS), help="default sa2vp")
+    add("--epochs", type=count)
+    add("--batch-size", type=count)
+    add("--lr", type=positive, help="peak learning rate; each method has its own default")
+    add("--weight-decay", type=weight)
+    add("--warmup-epochs", type=natural, help="default a tenth of the epochs")
+    add("--inner-dim", type=count, help="r, of prompt maps and adapters")
+    add("--scale", type=weight, help="s, the weight of a prompting message")
+    add("--dropout", type=share)
+    add("--window", type=window, metavar="3|none", help="side of the aligned neighbourhood")
+    add("--prompt-grid", type=grid, metavar="7x7", help="size of the prompt map; default the image's grid")
+    add("--distill-layers", type=layers, metavar="0,4,8|none", help="D; default every fourth")
+    add("--fusion-layers", type=layers, metavar="4,8|none", help="F, a subset of D; default D without 0")
+    add("--seed", type=natural, help="default 42")
+    add("--workers", type=natural, help="processes that load pictures")
+    add("--out", type=Path, metavar="PATH", help="the run's folder; default runs/<data>-<method>")
+    add("--eval", type=Path, metavar="CHECKPOINT", help="print the test accuracy of a best.pt again")
+    add("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
+    return line
+
+
+def choose_device(gpu, cpu):
+    if cpu:
+        return torch.device("cpu")
+    if gpu is not None and gpu >= torch.cuda.device_count():
+        raise ValueError(f"there is no GPU {gpu}: PyTorch sees {torch.cuda.device_count()}; leave out --gpu, or --cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", gpu or 0)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    main()
