@@ -9,11 +9,13 @@ import math
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -31,19 +33,26 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSet:
-    """A row of the table: where the pictures are, how they are shown, and SA2VP's settings for them."""
+    """A row of the table: where the pictures are, how they are shown, and SA2VP's settings for them.
+
+    `load(row, root, seed)` reads its `Splits`; rows of VTAB-1k also take `tune`.
+    """
 
     name: str
-    load: Callable[[Path, int], Splits]  # (the folder that holds all data sets, seed)
-    crop: bool = True  # FGVC's transforms: random crop and flip; else the whole picture, squeezed, always the same
-    image_size: int = 224
-    drawn: bool = False  # by the program: for its own small ViT, and read in no time
-    inner_dim: int = 16
-    scale: float = 0.1
+    classes: int
+    load: Callable[..., Splits]
+    source: str  # where it can be had
+    inner_dim: int = 16  # r
+    scale: float = 0.1  # s
     batch_size: int = 64
-    epochs: int = 100
-    dropout: float = 0.1
     lr: dict = field(default_factory=dict)  # by method, where it is not the method's own
+    fusion_layers: tuple | None = None  # F, where it is not D without 0
+    dropout: float = 0.1
+    epochs: int = 100
+    crop: bool = False  # FGVC's transforms: random crop and flip; else the whole picture, squeezed, always the same
+    image_size: int = 224
+    drawn: bool = False  # by the program: for its own small ViT
+    vtab: bool = False  # VTAB-1k's protocol: trained on all labelled pictures, tested after the last epoch
 
 
 def find(name):
@@ -51,33 +60,33 @@ def find(name):
     if name in TABLE:
         return TABLE[name]
     if Path(name).is_dir():
-        return DataSet(Path(name).resolve().name, lambda root, seed: class_folders(Path(name), seed))
+        return DataSet(Path(name).resolve().name, None, partial(class_folders, folder=Path(name)), name, crop=True)
     raise ValueError(f"no data set and no folder {name!r}; the data sets are {', '.join(TABLE)}")
 
 
-def load(data_set, root, seed):
-    """Reads a row's `Splits`, downloading what can be.
+def load(row, root, seed, tune=False):
+    """Reads a row's `Splits`, downloading what can be; `tune`, for VTAB-1k: train800 and val200, no test.
 
     Raises FileNotFoundError for data or pictures that are not there, ValueError for damaged lists.
     """
-    splits = data_set.load(Path(root), seed)
+    splits = row.load(row, Path(root), seed, **({"tune": tune} if row.vtab else {}))
     for samples in splits[:3]:
         for picture, label in samples:
             if isinstance(picture, Path) and not picture.is_file():
-                raise FileNotFoundError(f"{data_set.name} lists the picture {picture}, which is not there")
+                raise FileNotFoundError(f"{row.name} lists the picture {picture}, which is not there")
             if not 0 <= label < len(splits.classes):
-                raise ValueError(f"{data_set.name}: {picture} has label {label}, outside 0 to {len(splits.classes) - 1}")
+                raise ValueError(f"{row.name}: {picture} has label {label}, outside 0 to {len(splits.classes) - 1}")
     return splits
 
 
 # ---------------------------------------------------------------------- layouts on disk
 
 
-def class_folders(folder, seed):
+def class_folders(row, root, seed, folder):
     """train/<class>/*, test/<class>/* and, if there is one, val/<class>/*."""
     try:
         classes, index = find_classes(folder / "train")
-        train = _listed(make_dataset(folder / "train", index, IMG_EXTENSIONS))
+        train = _paths(make_dataset(folder / "train", index, IMG_EXTENSIONS))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} needs train/<class>/ and test/<class>/ with pictures: {error}") from None
 
@@ -85,7 +94,7 @@ def class_folders(folder, seed):
         unknown = set(find_classes(folder / split)[0]) - set(classes)
         if unknown:
             raise ValueError(f"{folder / split} has class {min(unknown)!r}, which {folder / 'train'} has not")
-        return _listed(make_dataset(folder / split, index, IMG_EXTENSIONS, allow_empty=True))
+        return _paths(make_dataset(folder / split, index, IMG_EXTENSIONS, allow_empty=True))
 
     if not (folder / "test").is_dir():
         raise FileNotFoundError(f"{folder} has no folder test/<class>/")
@@ -95,44 +104,119 @@ def class_folders(folder, seed):
     return Splits(train, val, held("test"), classes, "its own folders, validation held out of train")
 
 
-def official_texts(folder, seed):
-    """images.txt, image_class_labels.txt, train_test_split.txt and classes.txt, as CUB-200-2011 has them."""
+def json_splits(row, folder, images, first_id=1):
+    """VPT's train.json, val.json and test.json, {"path below images": class id}; None if they are not there."""
+    files = [folder / f"{split}.json" for split in ("train", "val", "test")]
+    if not all(file.exists() for file in files):
+        return None
+    listed = [json.loads(file.read_text()) for file in files]
+    splits = [[(images / path, int(class_id) - first_id) for path, class_id in ids.items()] for ids in listed]
+    names = {label: picture.parent.name for samples in splits for picture, label in samples}
+    classes = [names.get(label, f"class {label}") for label in range(row.classes)]
+    return Splits(*splits, classes, "VPT's train.json, val.json and test.json")
+
+
+def birds(row, root, seed, folder, first_id, md5=None):
+    """cub and nabirds: images.txt, image_class_labels.txt, train_test_split.txt and classes.txt."""
+    folder = root / folder
+    fetch(row, folder, md5 and (lambda part: download_and_extract_archive(row.source, part, md5=md5)))
+    if splits := json_splits(row, folder, folder / "images", first_id):
+        return splits
 
     def table(name):
-        return dict(line.split(maxsplit=1) for line in (folder / name).read_text().splitlines() if line.strip())
+        lines = (folder / f"{name}.txt").read_text().splitlines()
+        return dict(line.strip().split(maxsplit=1) for line in lines if line.strip())
 
-    paths, labels, is_train, names = (
-        table(f"{name}.txt") for name in ("images", "image_class_labels", "train_test_split", "classes")
-    )
-    ids = sorted(set(labels.values()), key=int)  # those that occur, in numeric order, are 0, 1, ...
+    paths, labels, is_train = table("images"), table("image_class_labels"), table("train_test_split")
+    names = table("classes")  # of nabirds' parent classes too
+    ids = sorted(set(labels.values()), key=int)  # those that occur, in numeric order, are labels 0, 1, ...
     index = {class_id: label for label, class_id in enumerate(ids)}
     split = {"0": [], "1": []}
     for image, path in paths.items():
-        split[is_train[image].strip()].append((folder / "images" / path.strip(), index[labels[image]]))
-    train, val = hold_out(split["1"], seed)
-    classes = [names[class_id].strip() for class_id in ids]
-    return Splits(train, val, split["0"], classes, "official split, validation held out of train")
+        split[is_train[image]].append((folder / "images" / path, index[labels[image]]))
+    return official(split["1"], split["0"], [names[class_id] for class_id in ids], seed)
 
 
-def json_splits(folder, images, num_classes, first_id=1):
-    """train.json, val.json and test.json as VPT published them: {"path below images": class id}."""
-    splits, names = [], [f"class {label}" for label in range(num_classes)]
-    for split in ("train", "val", "test"):
-        listed = json.loads((folder / f"{split}.json").read_text())
-        splits.append([(images / path, int(class_id) - first_id) for path, class_id in listed.items()])
-        for picture, label in splits[-1]:
-            if 0 <= label < num_classes:
-                names[label] = picture.parent.name
-    return Splits(*splits, names, "VPT's train.json, val.json and test.json")
+def dogs(row, root, seed):
+    """Stanford dogs: Images/<class>/*.jpg, train_list.mat and test_list.mat."""
+    folder = root / "dogs"
+
+    def download(part):
+        for name in ("images.tar", "lists.tar"):
+            download_and_extract_archive(f"{row.source}/{name}", Path(part) / "dogs", remove_finished=True)
+
+    fetch(row, folder, download)
+    if splits := json_splits(row, folder, folder / "Images"):
+        return splits
+    loadmat = need_scipy(row)
+    names, split = {}, {}
+    for name in ("train", "test"):
+        lists = loadmat(folder / f"{name}_list.mat")
+        paths = [str(entry.item()) for entry in lists["file_list"].flatten()]
+        split[name] = [(folder / "Images" / path, int(n) - 1) for path, n in zip(paths, lists["labels"].flatten())]
+        names |= {label: path.parent.name for path, label in split[name]}
+    return official(split["train"], split["test"], [names.get(i, f"class {i}") for i in range(row.classes)], seed)
 
 
-def cub(root, seed):
-    folder = root / "CUB_200_2011"
-    url = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
-    fetch(url, folder, md5="97eceeb196236b17998738112f37df78")
-    if (folder / "train.json").exists():
-        return json_splits(folder, folder / "images", num_classes=200)
-    return official_texts(folder, seed)
+def vtab(row, root, seed, tune=False):
+    """VTAB-1k as VPT's successors packed it: lists of "path label", trained on 800 + 200 pictures."""
+    fetch(row, root / "vtab-1k", lambda part: download_and_extract_archive(row.source, part, remove_finished=True))
+    folder = root / row.name.replace("vtab", "vtab-1k")
+
+    def listed(name):
+        pairs = (line.rsplit(maxsplit=1) for line in (folder / f"{name}.txt").read_text().splitlines() if line.strip())
+        return [(folder / path, int(label)) for path, label in pairs]
+
+    classes = [f"class {label}" for label in range(row.classes)]
+    if tune:
+        return Splits(listed("train800"), listed("val200"), [], classes, "train800 and val200, to tune")
+    return Splits(listed("train800val200"), [], listed("test"), classes, "train800val200")
+
+
+def from_torchvision(row, root, seed, kind, on_disk, splits=("train", "test"), scipy=False):
+    """A data set that torchvision knows; `on_disk` is what it makes below root, `kind` its class there."""
+    kind = getattr(torchvision.datasets, kind)
+
+    def read(split, root, **how):
+        return kind(root, **({"train": split == "train"} if "CIFAR" in kind.__name__ else {"split": split}), **how)
+
+    def download(part):
+        for split in splits:
+            read(split, part, download=True)
+
+    fetch(row, root / on_disk, None if kind is torchvision.datasets.StanfordCars else download)
+    if found := json_splits(row, root / on_disk, root / on_disk):
+        return found
+    if scipy:
+        need_scipy(row)
+    try:
+        parts = [read(split, root) for split in splits]
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{row.name} below {root} is not whole ({error}); it comes from {row.source}") from None
+    classes = list(getattr(parts[0], "classes", None) or [f"class {label}" for label in range(row.classes)])
+    samples = [_samples(part) for part in parts]
+    if len(splits) == 3:
+        return Splits(*samples, classes, "official split")
+    return official(*samples, classes, seed)
+
+
+def _samples(part):
+    """torchvision keeps its lists in one of three ways."""
+    if hasattr(part, "_samples"):
+        return _paths(part._samples)
+    if hasattr(part, "_image_files"):
+        return _paths(zip(part._image_files, part._labels))
+    pictures = part.data if part.data.shape[-1] == 3 else part.data.transpose(0, 2, 3, 1)  # SVHN's stand (N, 3, H, W)
+    return list(zip(pictures, map(int, getattr(part, "targets", None) or part.labels)))
+
+
+def _paths(samples):
+    return [(Path(path), int(label)) for path, label in samples]
+
+
+def official(train, test, classes, seed):
+    train, val = hold_out(train, seed)
+    return Splits(train, val, test, classes, "official split, validation held out of train")
 
 
 def hold_out(samples, seed):
@@ -151,24 +235,33 @@ def hold_out(samples, seed):
     return rest, held
 
 
-def fetch(url, folder, md5=None):
-    """Downloads and unpacks an archive that holds `folder`, unless it is there; nothing half-done is left.
+def fetch(row, folder, download=None):
+    """Unless `folder` is there, has `download(part)` make it inside the folder `part`; nothing half-done is left.
 
-    Raises FileNotFoundError that says what to fetch, and where to put it.
+    Raises FileNotFoundError that says where to get it, and where to put it.
     """
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as part:
-        try:
-            download_and_extract_archive(url, part, md5=md5)
-            (Path(part) / folder.name).rename(folder)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"cannot download {url} ({error}); unpack it by hand to {folder}") from None
+    failure = "there is no direct link"
+    if download:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as part:
+            try:
+                download(part)
+                for made in sorted(Path(part).iterdir(), key=lambda path: path.name == folder.name):  # that one last
+                    made.rename(folder.parent / made.name)
+                return
+            except (OSError, RuntimeError) as error:
+                failure = str(error)
+    raise FileNotFoundError(f"cannot download {row.name} ({failure}); get it from {row.source} and put it in {folder}")
 
 
-def _listed(samples):
-    return [(Path(path), label) for path, label in samples]
+def need_scipy(row):
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise ValueError(f"{row.name} comes with .mat files, which scipy reads: pip install scipy") from None
+    return loadmat
 
 
 # ---------------------------------------------------------------------- pictures drawn by the program
@@ -233,9 +326,8 @@ def where_is_blue(rng, count):
 def drawn(task, classes, train, val, test):
     """A loader of drawn pictures: always the same ones, whatever the seed of a run."""
 
-    def load(root, seed):
-        counts = {"train": train, "val": val, "test": test}
-        splits = [task(np.random.default_rng(i), count) for i, count in enumerate(counts.values())]
+    def load(row, root, seed):
+        splits = [task(np.random.default_rng(i), count) for i, count in enumerate((train, val, test))]
         return Splits(*splits, list(classes), "drawn by the program")
 
     return load
@@ -319,14 +411,95 @@ def batches(samples, transform, batch_size, workers, shuffle_seed=None):
     )
 
 
-TABLE = {
-    row.name: row
-    for row in (
-        DataSet("cub", cub),
-        DataSet(
-            "shapes", drawn(where_is_blue, DIRECTIONS, 1000, 400, 1000), crop=False, image_size=SIDE, drawn=True,
-            scale=1.0, dropout=0.0, epochs=30, lr={"sa2vp": 5e-3, "vpt": 5e-3, "linear": 1e-2, "full": 1e-3},
-        ),
-        DataSet("shapes-source", drawn(what_and_which_colour, KINDS, 8000, 400, 400), crop=False, image_size=SIDE, drawn=True),
-    )
+# ---------------------------------------------------------------------- the table
+
+MIRROR = "https://huggingface.co/datasets/XiN0919"
+
+
+def known(kind, on_disk, source, **how):
+    return partial(from_torchvision, kind=kind, on_disk=on_disk, **how), source
+
+
+# layout, source
+CUB = (
+    partial(birds, folder="CUB_200_2011", first_id=1, md5="97eceeb196236b17998738112f37df78"),
+    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+)
+NABIRDS = partial(birds, folder="nabirds", first_id=0), "https://dl.allaboutbirds.org/nabirds"
+DOGS = dogs, "http://vision.stanford.edu/aditya86/ImageNetDogs"
+VTAB = vtab, f"{MIRROR}/VTAB-1k/resolve/main/vtab-1k.zip"
+WITH_VAL = ("train", "val", "test")
+FLOWERS = known(
+    "Flowers102", "flowers-102", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102", splits=WITH_VAL, scipy=True
+)
+CARS = known("StanfordCars", "stanford_cars", f"{MIRROR}/FGVC", scipy=True)
+CIFAR10 = known("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar.html")
+CIFAR100 = known("CIFAR100", "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar.html")
+DTD = known("DTD", "dtd", "https://www.robots.ox.ac.uk/~vgg/data/dtd", splits=WITH_VAL)
+FOOD101 = known("Food101", "food-101", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz")
+GTSRB = known("GTSRB", "gtsrb", "https://benchmark.ini.rub.de/gtsrb_dataset.html")
+SVHN = known("SVHN", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers", scipy=True)
+TARGET = drawn(where_is_blue, DIRECTIONS, 1000, 400, 1000), "drawn by the program"
+SOURCE = drawn(what_and_which_colour, KINDS, 8000, 400, 400), "drawn by the program"
+
+SHAPES_LR = {"sa2vp": 5e-3, "vpt": 5e-3, "linear": 1e-2, "full": 1e-3}
+
+FGVC = dict(crop=True)
+NATURAL, STRUCTURED = dict(batch_size=64, vtab=True), dict(batch_size=40, vtab=True)
+GENTLE = dict(lr={"sa2vp": 5e-4})
+DRAWN = dict(image_size=SIDE, drawn=True)
+
+ROWS = (
+    #       name                  classes  *(layout, source)  r  s
+    DataSet("cub",                     200, *CUB,      16, 0.1, **FGVC),
+    DataSet("nabirds",                 555, *NABIRDS,  32, 0.1, **FGVC),
+    DataSet("flowers",                 102, *FLOWERS,   8, 0.1, **FGVC),
+    DataSet("dogs",                    120, *DOGS,     32, 0.1, **FGVC),
+    DataSet("cars",                    196, *CARS,     64, 1.5, **FGVC, fusion_layers=(4,)),
+    DataSet("vtab/caltech101",         102, *VTAB,      8, 0.1, **NATURAL),
+    DataSet("vtab/cifar",              100, *VTAB,      8, 0.1, **NATURAL),
+    DataSet("vtab/dtd",                 47, *VTAB,      8, 0.1, **NATURAL),
+    DataSet("vtab/oxford_flowers102",  102, *VTAB,      8, 0.1, **NATURAL),
+    DataSet("vtab/oxford_iiit_pet",     37, *VTAB,      8, 0.1, **NATURAL, **GENTLE),
+    DataSet("vtab/svhn",                10, *VTAB,     16, 0.5, **NATURAL),
+    DataSet("vtab/sun397",             397, *VTAB,      8, 0.1, **NATURAL),
+    DataSet("vtab/patch_camelyon",       2, *VTAB,     16, 1.5, **STRUCTURED),
+    DataSet("vtab/eurosat",             10, *VTAB,     16, 1.5, **STRUCTURED),
+    DataSet("vtab/resisc45",            45, *VTAB,     16, 0.5, **STRUCTURED),
+    DataSet("vtab/diabetic_retinopathy", 5, *VTAB,     16, 1.5, **STRUCTURED),
+    DataSet("vtab/clevr_count",          8, *VTAB,     32, 1.5, **STRUCTURED, **GENTLE),
+    DataSet("vtab/clevr_dist",           6, *VTAB,     32, 1.5, **STRUCTURED),
+    DataSet("vtab/dmlab",                6, *VTAB,     32, 1.5, **STRUCTURED),
+    DataSet("vtab/kitti",                4, *VTAB,     32, 1.5, **STRUCTURED),
+    DataSet("vtab/dsprites_loc",        16, *VTAB,     32, 1.5, **STRUCTURED),
+    DataSet("vtab/dsprites_ori",        16, *VTAB,     16, 0.1, **STRUCTURED),
+    DataSet("vtab/smallnorb_azi",       18, *VTAB,     32, 1.5, **STRUCTURED),
+    DataSet("vtab/smallnorb_ele",        9, *VTAB,     32, 0.5, **STRUCTURED),
+    DataSet("hta/cub",                 200, *CUB,      64, 0.1),
+    DataSet("hta/nabirds",             555, *NABIRDS,  64, 0.1),
+    DataSet("hta/flowers",             102, *FLOWERS,  64, 0.1),
+    DataSet("hta/dogs",                120, *DOGS,     64, 0.1),
+    DataSet("hta/cifar10",              10, *CIFAR10,  64, 0.1),
+    DataSet("hta/cifar100",            100, *CIFAR100, 64, 0.1),
+    DataSet("hta/dtd",                  47, *DTD,      64, 0.1),
+    DataSet("hta/food101",             101, *FOOD101,  64, 0.1),
+    DataSet("hta/gtsrb",                43, *GTSRB,    64, 0.1),
+    DataSet("hta/svhn",                 10, *SVHN,     64, 0.1),
+    DataSet("shapes",                    8, *TARGET,   16, 1.0, **DRAWN, dropout=0.0, epochs=30, lr=SHAPES_LR),
+    DataSet("shapes-source",            16, *SOURCE,   16, 1.0, **DRAWN),
+)  # fmt: skip
+TABLE = {row.name: row for row in ROWS}
+
+# Groups in the paper's order, and the means published for SA2VP with ViT-B/16 supervised on ImageNet-21k.
+NAMES = [row.name for row in ROWS]
+GROUPS = {
+    "fgvc": NAMES[:5],
+    "vtab/natural": NAMES[5:12],
+    "vtab/specialized": NAMES[12:16],
+    "vtab/structured": NAMES[16:24],
+    "vtab": NAMES[5:24],
+    "hta": NAMES[24:34],
+}
+PUBLISHED = {
+    "fgvc": 90.08, "vtab/natural": 80.97, "vtab/specialized": 85.73, "vtab/structured": 60.80, "vtab": 75.83, "hta": 91.5,
 }  # fmt: skip

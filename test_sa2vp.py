@@ -4,6 +4,10 @@ import argparse
 import csv
 import json
 import math
+import pickle
+import shlex
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -554,55 +558,351 @@ def test_the_loss_weighs_the_pathways_8_to_2():
 # ---------------------------------------------------------------------- the data
 
 
-def write(folder, **texts):
-    for name, text in texts.items():
-        (folder / f"{name}.txt").write_text(text)
+def save_picture(path, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (50, 40)).save(path)
 
 
-def make_cub(root, per_class=12):
-    """The official archive's layout: four text files and a folder per class."""
-    folder = root / "CUB_200_2011"
+def make_birds(folder, first_id, per_class=12):
+    """cub and nabirds: four text files and a folder per class. Every second picture is of the training set."""
     classes = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
-    rows = [(f"{name}/{i}.jpg", 1 + label, i % 2) for label, name in enumerate(classes) for i in range(per_class)]
-    for path, _, _ in rows:
-        (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (50, 40)).save(folder / "images" / path)
-    write(
-        folder,
-        images="".join(f"{n} {path}\n" for n, (path, _, _) in enumerate(rows, 1)),
-        image_class_labels="".join(f"{n} {label}\n" for n, (_, label, _) in enumerate(rows, 1)),
-        train_test_split="".join(f"{n} {is_train}\n" for n, (_, _, is_train) in enumerate(rows, 1)),
-        classes="".join(f"{n} {name}\n" for n, name in enumerate(classes, 1)),
-    )
+    tables = {name: [] for name in ("images", "image_class_labels", "train_test_split", "classes")}
+    for label, name in enumerate(classes):
+        class_id = first_id + 7 * label
+        tables["classes"].append(f"{class_id} {name}")
+        for i in range(per_class):
+            image = f"0000139e-{label}{i}"
+            save_picture(folder / "images" / name / f"{i}.jpg")
+            tables["images"].append(f"{image} {name}/{i}.jpg")
+            tables["image_class_labels"].append(f"{image} {class_id}")
+            tables["train_test_split"].append(f"{image} {i % 2}")
+    tables["classes"].append("999 Birds")  # nabirds lists parent classes
+    for name, lines in tables.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def test_cub_is_read_by_its_official_split(tmp_path):
-    make_cub(tmp_path)
-    splits = data.load(data.find("cub"), tmp_path, seed=0)
-    assert splits.classes == ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
-    assert [len(samples) for samples in splits[:3]] == [10, 2, 12] and "official" in splits.origin
-    for path, label in splits.train + splits.val + splits.test:
-        assert path.parent.name == splits.classes[label]
-        assert (int(path.stem) % 2 == 0) == ((path, label) in splits.test)
-
-
-def test_cub_is_read_by_the_json_split_where_it_lies_beside_the_images(tmp_path):
-    folder = make_cub(tmp_path)
-    for i, split in enumerate(("train", "val", "test")):
-        listed = {f"001.Black_footed_Albatross/{i}.jpg": 1, f"002.Laysan_Albatross/{i}.jpg": 2}
+def make_json_split(folder, images, first_id):
+    """VPT's three files: two classes of 8, 2 and 4 pictures."""
+    folder.mkdir()
+    for split, count in {"train": 8, "val": 2, "test": 4}.items():
+        listed = {f"{name}/{split}{i}.jpg": first_id + n for n, name in enumerate(("a", "b")) for i in range(count)}
+        for path in listed:
+            save_picture(images / path)
         (folder / f"{split}.json").write_text(json.dumps(listed))
-    splits = data.load(data.find("cub"), tmp_path, seed=0)
-    assert "json" in splits.origin and len(splits.classes) == 200
-    assert [[(path.stem, label) for path, label in samples] for samples in splits[:3]] == [
-        [(str(i), 0), (str(i), 1)] for i in range(3)
-    ]
-    assert splits.classes[:2] == ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
 
 
-@pytest.mark.parametrize("listed, named", [({"001.x/no.jpg": 1}, "no.jpg"), ({"002.Laysan_Albatross/0.jpg": 0}, "0.jpg")])
+class FakeScipy:
+    """Stands for scipy.io, so that the tests need no scipy: .mat files hold .npz here."""
+
+    @staticmethod
+    def save(path, **arrays):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+
+    @staticmethod
+    def loadmat(path, squeeze_me=False):
+        with np.load(path, allow_pickle=True) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+def cell(strings):
+    """What scipy makes of a MATLAB cell array of strings."""
+    column = np.empty((len(strings), 1), dtype=object)
+    for row, string in zip(column, strings):
+        row[0] = np.array([string])
+    return column
+
+
+def make_dogs(root):
+    for split, count in (("train", 20), ("test", 4)):
+        paths = [f"n0208-{name}/{split}{i}.jpg" for name in ("Pug", "Chow") for i in range(count)]
+        for path in paths:
+            save_picture(root / "dogs" / "Images" / path)
+        labels = np.repeat([[1], [2]], count, axis=0)
+        FakeScipy.save(root / "dogs" / f"{split}_list.mat", file_list=cell(paths), labels=labels)
+
+
+def make_flowers(root):
+    folder = root / "flowers-102"
+    for i in range(1, 29):
+        save_picture(folder / "jpg" / f"image_{i:05d}.jpg")
+    FakeScipy.save(folder / "setid.mat", trnid=np.arange(1, 17), valid=np.arange(17, 21), tstid=np.arange(21, 29))
+    FakeScipy.save(folder / "imagelabels.mat", labels=1 + np.arange(28) % 2)
+
+
+def make_cars(root):
+    folder = root / "stanford_cars"
+    for split, count in (("train", 40), ("test", 8)):
+        kinds = [("fname", object), ("class", int)]
+        annotations = np.array([(f"{i:05d}.jpg", 1 + i % 2) for i in range(count)], dtype=kinds)
+        for name in annotations["fname"]:
+            save_picture(folder / f"cars_{split}" / name)
+        file = "devkit/cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+        FakeScipy.save(folder / file, annotations=annotations)
+    FakeScipy.save(folder / "devkit" / "cars_meta.mat", class_names=np.array(["Audi", "BMW"], dtype=object))
+
+
+def make_cifar(root, folder, coarse, files, names):
+    (root / folder).mkdir(parents=True)
+    for file in files:
+        labels = [i % 2 for i in range(20)]
+        entry = {"data": np.zeros((20, 3072), dtype=np.uint8), "fine_labels" if coarse else "labels": labels}
+        (root / folder / file).write_bytes(pickle.dumps(entry))
+    (root / folder / names[0]).write_bytes(pickle.dumps({names[1]: ["cat", "dog"]}))
+
+
+def make_dtd(root):
+    for split, count in (("train", 8), ("val", 2), ("test", 4)):
+        paths = [f"{name}/{name}_{split}{i}.jpg" for name in ("dotted", "lined") for i in range(count)]
+        for path in paths:
+            save_picture(root / "dtd" / "dtd" / "images" / path)
+        (root / "dtd" / "dtd" / "labels").mkdir(exist_ok=True)
+        (root / "dtd" / "dtd" / "labels" / f"{split}1.txt").write_text("\n".join(paths))
+
+
+def make_food(root):
+    (root / "food-101" / "meta").mkdir(parents=True)
+    for split, count in (("train", 20), ("test", 4)):
+        listed = {name: [f"{name}/{split}{i}" for i in range(count)] for name in ("pho", "sushi")}
+        for path in sum(listed.values(), []):
+            save_picture(root / "food-101" / "images" / f"{path}.jpg")
+        (root / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(listed))
+
+
+def make_gtsrb(root):
+    base = root / "gtsrb" / "GTSRB"
+    for i in range(40):
+        save_picture(base / "Training" / f"{i % 2:05d}" / f"{i:05d}.ppm")
+    for i in range(8):
+        save_picture(base / "Final_Test" / "Images" / f"{i:05d}.ppm")
+    lines = ["Filename;ClassId"] + [f"{i:05d}.ppm;{i % 2}" for i in range(8)]
+    (root / "gtsrb" / "GT-final_test.csv").write_text("\n".join(lines))
+
+
+def make_svhn(root):
+    for split, count in (("train", 40), ("test", 8)):
+        pictures = np.zeros((32, 32, 3, count), dtype=np.uint8)
+        FakeScipy.save(root / f"{split}_32x32.mat", X=pictures, y=np.array([[10 if i % 2 else 1] for i in range(count)]))
+
+
+def make_vtab(root, name="clevr_count"):
+    folder = root / "vtab-1k" / name
+    lists = {"train800": 16, "val200": 4, "test": 8}
+    for split, count in lists.items():
+        for i in range(count):
+            save_picture(folder / f"images/{split}/{i:06d}.png", mode="RGBA")
+        (folder / f"{split}.txt").write_text("\n".join(f"images/{split}/{i:06d}.png {i % 8}" for i in range(count)))
+    both = [(folder / f"{split}.txt").read_text() for split in ("train800", "val200")]
+    (folder / "train800val200.txt").write_text("\n".join(both))
+
+
+CIFAR10_FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+LAYOUTS = {  # name: (how to make a small copy below a root, sizes of train, val and test, whether it needs scipy)
+    "cub": (lambda root: make_birds(root / "CUB_200_2011", 1), (10, 2, 12), False),
+    "nabirds": (lambda root: make_birds(root / "nabirds", 295), (10, 2, 12), False),
+    "flowers": (make_flowers, (16, 4, 8), True),
+    "dogs": (make_dogs, (36, 4, 8), True),
+    "cars": (make_cars, (36, 4, 8), True),
+    "vtab/clevr_count": (make_vtab, (20, 0, 8), False),
+    "hta/cifar10": (
+        lambda root: make_cifar(root, "cifar-10-batches-py", False, CIFAR10_FILES, ("batches.meta", "label_names")),
+        (90, 10, 20), False,
+    ),
+    "hta/cifar100": (
+        lambda root: make_cifar(root, "cifar-100-python", True, ("train", "test"), ("meta", "fine_label_names")),
+        (18, 2, 20), False,
+    ),
+    "hta/dtd": (make_dtd, (16, 4, 8), False),
+    "hta/food101": (make_food, (36, 4, 8), False),
+    "hta/gtsrb": (make_gtsrb, (36, 4, 8), False),
+    "hta/svhn": (make_svhn, (36, 4, 8), True),
+}  # fmt: skip
+JSON_LAYOUTS = {  # name: (the data set's folder, where its pictures are, its first class id)
+    "cub": ("CUB_200_2011", "images", 1),
+    "nabirds": ("nabirds", "images", 0),
+    "flowers": ("flowers-102", "", 1),
+    "dogs": ("dogs", "Images", 1),
+    "cars": ("stanford_cars", "", 1),
+}
+
+
+@pytest.fixture
+def no_checksums(monkeypatch):
+    """Small copies have other checksums than those that torchvision pins."""
+    for module in ("cifar", "svhn", "flowers102"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, md5=None: Path(path).exists())
+
+
+@pytest.fixture
+def fake_scipy(monkeypatch):
+    package = types.ModuleType("scipy")
+    package.io = FakeScipy
+    monkeypatch.setitem(sys.modules, "scipy", package)
+    monkeypatch.setitem(sys.modules, "scipy.io", FakeScipy)
+
+
+def check(splits, sizes, num_classes):
+    assert tuple(map(len, splits[:3])) == sizes
+    assert len(splits.classes) == num_classes
+    samples = [sample for part in splits[:3] for sample in part]
+    assert {label for _, label in samples} <= set(range(num_classes))
+    paths = [str(picture) for picture, _ in samples if isinstance(picture, Path)]
+    assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_read_and_trained_on(run, files, tmp_path, no_checksums, fake_scipy, name):
+    make, sizes, _ = LAYOUTS[name]
+    make(tmp_path / "root")
+    splits = data.load(data.find(name), tmp_path / "root", seed=0)
+    check(splits, sizes, len(splits.classes))
+    assert len({label for _, label in splits.train}) == (8 if name.startswith("vtab") else 2)
+    out = run("--data", name, "--root", tmp_path / "root", epochs=1)
+    result = json.loads((out / "result.json").read_text())
+    assert 0 <= result["accuracy"] <= 100 and (result["val_accuracy"] is None) == name.startswith("vtab")
+
+
+@pytest.mark.parametrize("name", JSON_LAYOUTS)
+def test_the_json_split_is_taken_where_it_lies_beside_the_images_and_needs_no_scipy(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    folder, images, first_id = JSON_LAYOUTS[name]
+    make_json_split(tmp_path / folder, tmp_path / folder / images, first_id)
+    for prefix in ("", "hta/") if name != "cars" else ("",):
+        splits = data.load(data.find(prefix + name), tmp_path, seed=0)
+        check(splits, (16, 4, 8), data.find(name).classes)
+        assert "json" in splits.origin and splits.classes[:2] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, scipy) in LAYOUTS.items() if scipy])
+def test_where_scipy_is_needed_and_absent_the_error_says_so(tmp_path, monkeypatch, no_checksums, name):
+    LAYOUTS[name][0](tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ValueError, match=f"{name} .*pip install scipy"):
+        data.load(data.find(name), tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("name", ["nabirds", "cars"])
+def test_what_cannot_be_downloaded_says_where_it_is_and_where_to_put_it(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{data.find(name).source}.*{tmp_path}"):
+        data.load(data.find(name), tmp_path, seed=0)
+
+
+def test_the_official_split_is_kept_and_labels_are_the_same_everywhere(tmp_path):
+    for name, folder, first_id in (("cub", "CUB_200_2011", 1), ("nabirds", "nabirds", 295)):
+        make_birds(tmp_path / folder, first_id)
+        splits = data.load(data.find(name), tmp_path, seed=0)
+        assert splits.classes == ["001.Black_footed_Albatross", "002.Laysan_Albatross"] and "official" in splits.origin
+        for path, label in splits.train + splits.val + splits.test:
+            assert path.parent.name == splits.classes[label]
+            assert (int(path.stem) % 2 == 0) == ((path, label) in splits.test)
+
+
+def test_the_table_has_the_papers_settings():
+    def settings(names):
+        return {name: (row.inner_dim, row.scale, row.batch_size) for name in names for row in [data.TABLE[name]]}
+
+    assert [len(data.GROUPS[name]) for name in ("fgvc", "vtab", "hta")] == [5, 19, 10]
+    assert settings(data.GROUPS["fgvc"]) == {
+        "cub": (16, 0.1, 64), "nabirds": (32, 0.1, 64), "flowers": (8, 0.1, 64), "dogs": (32, 0.1, 64),
+        "cars": (64, 1.5, 64),
+    }  # fmt: skip
+    exceptions = {"svhn": (16, 0.5), "resisc45": (16, 0.5), "dsprites_ori": (16, 0.1), "smallnorb_ele": (32, 0.5)}
+    for group, usual in {"natural": (8, 0.1, 64), "specialized": (16, 1.5, 40), "structured": (32, 1.5, 40)}.items():
+        for name, found in settings(data.GROUPS[f"vtab/{group}"]).items():
+            assert found == (*exceptions.get(name.removeprefix("vtab/"), usual[:2]), usual[2]), name
+    assert set(settings(data.GROUPS["hta"]).values()) == {(64, 0.1, 64)}
+    for row in data.ROWS[:34]:
+        method = train.settle({"data": row.name})
+        assert method["lr"] == (5e-4 if row.name in ("vtab/oxford_iiit_pet", "vtab/clevr_count") else 1e-3)
+        assert method["fusion_layers"] == ((4,) if row.name == "cars" else None)
+        assert (method["epochs"], method["warmup_epochs"], method["weight_decay"]) == (100, 10, 1e-4)
+        assert (method["dropout"], method["window"], method["seed"], row.image_size) == (0.1, 3, 42, 224)
+        assert row.crop == (row.name in data.GROUPS["fgvc"]) and row.vtab == row.name.startswith("vtab/")
+    counts = [200, 555, 102, 120, 196]
+    counts += [102, 100, 47, 102, 37, 10, 397] + [2, 10, 45, 5] + [8, 6, 6, 4, 16, 16, 18, 9]
+    counts += [200, 555, 102, 120, 10, 100, 47, 101, 43, 10]
+    assert [row.classes for row in data.ROWS[:34]] == counts
+
+
+def test_vtab_is_tuned_on_train800_and_val200_without_a_look_at_the_test_data(run, tmp_path, capsys):
+    make_vtab(tmp_path / "root")
+    (tmp_path / "root" / "vtab-1k" / "clevr_count" / "test.txt").unlink()
+    splits = data.load(data.find("vtab/clevr_count"), tmp_path / "root", seed=0, tune=True)
+    assert [len(samples) for samples in splits[:3]] == [16, 4, 0]
+    out = run("--data", "vtab/clevr_count", "--root", tmp_path / "root", "--tune")
+    result = json.loads((out / "result.json").read_text())
+    assert result["accuracy"] is None and 0 <= result["val_accuracy"] <= 100
+    assert "--tune" in refusal(capsys, ["--data", "cub", "--tune", "--cpu"])
+
+
+def test_vtab_reports_the_last_epoch(run, tmp_path):
+    make_vtab(tmp_path / "root")
+    out = run("--data", "vtab/clevr_count", "--root", tmp_path / "root")
+    assert json.loads((out / "result.json").read_text())["best_epoch"] == 3
+    assert torch.load(out / "best.pt", weights_only=True)["epoch"] == 3
+
+
+def test_the_list_has_a_line_for_each_data_set(capsys):
+    train.main(["--list"])
+    lines = capsys.readouterr().out.strip().splitlines()[1:]
+    assert [line.split()[0] for line in lines[:34]] == [row.name for row in data.ROWS[:34]]
+
+
+def small_group(root, monkeypatch):
+    for name in ("cub", "nabirds"):
+        LAYOUTS[name][0](root)
+    make_vtab(root, "dsprites_loc")
+    monkeypatch.setitem(data.GROUPS, "trio", ["cub", "vtab/dsprites_loc", "nabirds"])
+    monkeypatch.setitem(data.PUBLISHED, "trio", 90.0)
+
+
+def test_a_group_that_was_killed_and_resumed_ends_with_the_table_of_one_that_was_not(run, tmp_path, monkeypatch, capsys):
+    small_group(tmp_path / "root", monkeypatch)
+    flags = ["--data", "trio", "--root", tmp_path / "root", "--seeds", 0, 1]
+    whole = run(*flags, out="whole", epochs=2)
+    table = capsys.readouterr().out.split("data  ")[-1]
+    evaluate, calls = train.evaluate, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 7:  # in the third run of six
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", killed)
+    with pytest.raises(SystemExit):
+        run(*flags, out="broken", epochs=2)
+    command = shlex.split(capsys.readouterr().err.strip().splitlines()[-1].split("python train.py ")[1])
+    first = (tmp_path / "broken" / "cub-seed0" / "best.pt").stat().st_mtime_ns
+    train.main(command)
+    assert (tmp_path / "broken" / "cub-seed0" / "best.pt").stat().st_mtime_ns == first  # what was finished is kept
+    assert capsys.readouterr().out.split("data  ")[-1] == table
+    assert (tmp_path / "broken/results.csv").read_text() == (whole / "results.csv").read_text()
+    rows = list(csv.DictReader((whole / "results.csv").open()))
+    assert [row["data"] for row in rows] == ["cub", "vtab/dsprites_loc", "nabirds", "trio"]
+    means = [float(row["accuracy"]) for row in rows]
+    assert means[3] == pytest.approx(sum(means[:3]) / 3) and rows[3]["published"] == "90.0" and rows[0]["std"]
+    assert "other settings" in refusal(capsys, [*command, "--lr", "0.5"])
+
+
+def test_a_member_of_a_group_whose_data_is_missing_is_named_and_the_rest_still_runs(run, tmp_path, monkeypatch, capsys):
+    small_group(tmp_path / "root", monkeypatch)
+    (tmp_path / "root" / "nabirds" / "images.txt").unlink()
+    out = run("--data", "trio", "--root", tmp_path / "root", epochs=1)
+    assert "nabirds could not run" in capsys.readouterr().err
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [bool(row["accuracy"]) for row in rows] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "listed, named", [({"001.x/absent.jpg": 1}, "absent.jpg"), ({"002.Laysan_Albatross/0.jpg": 0}, "0.jpg")]
+)
 def test_a_listed_picture_that_is_missing_or_a_label_out_of_range_is_named(tmp_path, listed, named):
-    folder = make_cub(tmp_path)
+    folder = make_birds(tmp_path / "CUB_200_2011", 1)
     for split in ("train", "val", "test"):
         (folder / f"{split}.json").write_text(json.dumps(listed))
     with pytest.raises((ValueError, FileNotFoundError), match=named):
@@ -787,7 +1087,7 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_never_interrupted(run, monke
     with pytest.raises(SystemExit) as stop:
         run("--dropout", 0.2, out="broken", epochs=4)
     assert stop.value.code == 130
-    assert "python train.py --resume --out broken" in capsys.readouterr().err
+    assert capsys.readouterr().err.rstrip().endswith("--out broken --cpu --resume")
     same(whole, outcome(run("--resume", "--out", "broken", out="broken")))
     same(whole, outcome(run("--resume", "--out", "broken", out="broken")))  # a finished run stays as it is
 
@@ -825,7 +1125,7 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
     monkeypatch.chdir(tmp_path)
     few = {"shapes": (data.where_is_blue, data.DIRECTIONS), "shapes-source": (data.what_and_which_colour, data.KINDS)}
     for name, (task, classes) in few.items():
-        row = data.DataSet(name, data.drawn(task, classes, 64, 16, 16), crop=False, image_size=data.SIDE, drawn=True)
+        row = data.DataSet(name, 8, data.drawn(task, classes, 64, 16, 16), "drawn", image_size=data.SIDE, drawn=True)
         monkeypatch.setitem(data.TABLE, name, row)
     monkeypatch.setitem(train.PRETRAINING, "epochs", 2)
     with monkeypatch.context() as patch:
@@ -847,7 +1147,7 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
 @pytest.mark.parametrize(
     "flags, part",
     [
-        (["--data", "nonsense"], "cub, shapes"),
+        (["--data", "nonsense"], "cub, nabirds, flowers"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "3", "--warmup-epochs", "3"], "above"),
         (["--batch-size", "1000"], "no batch of 1000"),

@@ -31,7 +31,7 @@ LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "linear": 1e-2, "full": 1e-4}
 SA2VP_SETTINGS = "inner_dim scale dropout window prompt_grid distill_layers fusion_layers".split()
 
 # The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
-SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=1)
+SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=4)
 SMALL_VIT_FILE = Path("runs/shapes-vit/vit.pt")
 PRETRAINING = dict(
     data="shapes-source", method="full", weights=None, epochs=6, batch_size=64, lr=2e-3, weight_decay=1e-4,
@@ -42,33 +42,36 @@ PRETRAINING = dict(
 def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    out = None
+    again = list(argv)  # the command that goes on after an interruption
     try:
         given = vars(command_line().parse_args(argv))  # just the settings that were given
+        if given.pop("list", False):
+            return print_rows()
         device = choose_device(given.pop("gpu", None), given.pop("cpu", False))
         place = dict(root=Path(given.pop("root", "data")), workers=given.pop("workers", None), device=device)
         if "eval" in given:
             return evaluate_checkpoint(given.pop("eval"), given, **place)
-        resume, out = given.pop("resume", False), given.pop("out", None)
-        settings = settle(given)
-        if resume:
-            out = out or default_out(settings, taken=True)
-            settings = resumed_settings(out, settings, given)
-        elif out is None:
-            out = default_out(settings)
-        elif any((out / name).exists() for name in ("last.pt", "best.pt", "result.json")):
+
+        resume, out, seeds = given.pop("resume", False), given.pop("out", None), given.pop("seeds", None)
+        asked = given.get("data", "shapes")
+        jobs = list_jobs(given, asked, seeds)
+        if out is None:
+            name = asked if asked in data.GROUPS else data.find(asked).name
+            out = default_out(f"{name.replace('/', '-')}-{given.get('method', 'sa2vp')}", taken=resume)
+        if not resume and any(out.rglob("last.pt")):
             raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
-        if settings["weights"] == str(SMALL_VIT_FILE.resolve()):
-            pretrain_small_vit(**place)
-        fit(settings, out, **place)
+        again += [flag for flag in ("--resume",) if flag not in again]
+        again += [] if "--out" in argv else ["--out", str(out)]
+        if asked in data.GROUPS or seeds:
+            run_all(jobs, out, **place)
+        else:
+            (settings,) = jobs.values()
+            run(resumed_settings(out, settings, given) if resume else settings, out, **place)
     except KeyboardInterrupt:
-        again = ["--resume", "--out", str(out)] if out and (out / "last.pt").exists() else argv
         print(f"\ninterrupted; to go on: python train.py {shlex.join(again)}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        # An error from a loader's worker comes with that process's traceback; its last line is the sentence.
-        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
-        print(f"train.py: {sentence}", file=sys.stderr)
+        print(f"train.py: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -82,8 +85,8 @@ def fit(settings, out, root, workers, device):
     resumed after any whole epoch ends with the numbers of one that never was.
     """
     row = data.find(settings["data"])
-    splits = data.load(row, root, settings["seed"])
-    if not splits.val or not splits.test:
+    splits = data.load(row, root, settings["seed"], settings.get("tune", False))
+    if not row.vtab and not (splits.val and splits.test):
         raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
     if len(splits.train) < settings["batch_size"]:
         raise ValueError(f"{len(splits.train)} training pictures make no batch of {settings['batch_size']}")
@@ -140,19 +143,18 @@ def fit(settings, out, root, workers, device):
                     )
                 speed = len(losses) * len(images) / (time.perf_counter() - start)
                 bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {speed:.0f} images/s")
-        accuracies = evaluate(model, val, device)
+        val_accuracy, val_prompt_accuracy = evaluate(model, val, device)
         history.append({
             "epoch": epoch + 1,
             "loss": torch.stack(losses).mean().item(),
             "lr": lr,
-            "val_accuracy": accuracies[0],
-            "val_prompt_accuracy": accuracies[1],
+            "val_accuracy": val_accuracy,
+            "val_prompt_accuracy": val_prompt_accuracy,
             "images_per_second": speed,
             "seconds": time.perf_counter() - start,
         })  # fmt: skip
-        print("epoch {epoch:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {val_accuracy:.2f} %".format(**history[-1])
-              + ("" if accuracies[1] is None else f" (prompt pathway {accuracies[1]:.2f} %)")
-              + f"  {speed:.0f} images/s")  # fmt: skip
+        print(f"epoch {epoch + 1:3d}  loss {history[-1]['loss']:.4f}  lr {lr:.1e}"
+              + f"  validation {percent(val_accuracy, val_prompt_accuracy)}  {speed:.0f} images/s")  # fmt: skip
         if chosen(history) is history[-1]:
             save_checkpoint(out / "best.pt", model, meta, **history[-1])
         save_table(out / "metrics.csv", history)
@@ -177,7 +179,8 @@ def fit(settings, out, root, workers, device):
         }
         save_whole(out / "result.json", json.dumps(result, indent=2).encode())
     result = json.loads((out / "result.json").read_text())
-    print("test {accuracy:.2f} % with epoch {best_epoch}, after {seconds:.0f} s".format(**result))
+    print(f"test {percent(result['accuracy'], result['prompt_accuracy'])} with epoch {result['best_epoch']}, "
+          f"trained for {result['seconds']:.0f} s")  # fmt: skip
     return model
 
 
@@ -201,7 +204,9 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
 
 @torch.inference_mode()
 def evaluate(model, batches, device):
-    """Accuracy in percent of each pathway: [base, prompt], the latter None for methods of one pathway."""
+    """Accuracy in percent of each pathway, (base, prompt); None for one that the method has not, or for no pictures."""
+    if not len(batches.dataset):
+        return None, None
     model.eval()
     correct = 0
     for images, labels in batches:
@@ -209,8 +214,8 @@ def evaluate(model, batches, device):
             logits = model(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
         correct += torch.stack([(scores.argmax(dim=1) == labels).sum() for scores in logits])
-    accuracies = [100 * n / len(batches.dataset) for n in correct.tolist()]
-    return accuracies if len(accuracies) == 2 else [*accuracies, None]
+    base, prompt = [100 * n / len(batches.dataset) for n in correct.tolist()] + [None] * (2 - len(correct))
+    return base, prompt
 
 
 def autocast(device):
@@ -219,8 +224,117 @@ def autocast(device):
 
 
 def chosen(history):
-    """The epoch that is kept: the first of highest validation accuracy, base pathway."""
+    """The epoch that is kept: the first of highest validation accuracy, base pathway; without validation, the last."""
+    if history[-1]["val_accuracy"] is None:
+        return history[-1]
     return max(history, key=lambda epoch: epoch["val_accuracy"])
+
+
+def percent(base, prompt):
+    return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
+
+
+# ---------------------------------------------------------------------- several runs
+
+
+def list_jobs(given, asked, seeds):
+    """{folder: settings} of the runs that are asked for: one, or one for each member of a group and each seed."""
+    jobs = {}
+    for member in data.GROUPS.get(asked, [asked]):
+        for seed in seeds or [None]:
+            settings = settle(given | {"data": member} | ({} if seed is None else {"seed": seed}))
+            folder = data.find(member).name.replace("/", "-") + ("" if seed is None else f"-seed{seed}")
+            jobs[folder] = settings
+    return jobs
+
+
+def run_all(jobs, out, **place):
+    """Runs a list of settings one after another, each in its folder below `out`, and ends with a table of all.
+
+    What is finished is kept, what was interrupted goes on; one that cannot run is named, and the rest still runs.
+    """
+    for folder, settings in jobs.items():
+        last = out / folder / "last.pt"
+        if last.exists() and read_checkpoint(last)["settings"] != settings:
+            raise ValueError(f"{out / folder} was run with other settings: give the same ones, or another --out")
+    results, failures = {}, {}
+    for number, (folder, settings) in enumerate(jobs.items(), 1):
+        print(f"\n[{number}/{len(jobs)}] {folder}")
+        try:
+            run(settings, out / folder, **place)
+            result = json.loads((out / folder / "result.json").read_text())
+            results.setdefault(result["data"], []).append(result)
+        except (ValueError, OSError) as error:
+            failures[folder] = sentence(error)
+    for folder, failure in failures.items():
+        print(f"train.py: {folder} could not run: {failure}", file=sys.stderr)
+    if not results:
+        raise ValueError("none of these could run")
+    rows = summary(results, [data.find(settings["data"]).name for settings in jobs.values()])
+    save_table(out / "results.csv", rows)
+    print_table(rows)
+
+
+def summary(results, names):
+    """Rows of the table: a data set's mean and standard deviation over seeds, then the means of whole groups.
+
+    `results`: {data set: its result.json for each seed}. What --tune leaves untested counts by validation.
+    """
+    names = list(dict.fromkeys(names))
+    seeds = max(map(len, results.values()))
+    scores, rows = {}, []
+
+    def add(name, values, trainable=None):
+        scores[name] = values if len(values) == seeds else []  # of a group, every member and seed or nothing
+        rows.append({
+            "data": name,
+            "accuracy": statistics.mean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "published": data.PUBLISHED.get(name),
+            "trainable": trainable,
+        })  # fmt: skip
+
+    for name in names:
+        runs = results.get(name, [])
+        values = [r["val_accuracy"] if r["accuracy"] is None else r["accuracy"] for r in runs]
+        add(name, values, runs[0]["trainable"] if runs else None)
+    for group, members in data.GROUPS.items():
+        if set(members) <= set(names):
+            parts = [part for part in data.GROUPS if part.startswith(f"{group}/")] or members  # VTAB: mean of its three
+            columns = [scores[part] for part in parts]
+            add(group, [statistics.mean(seed) for seed in zip(*columns)] if all(columns) else [])
+    return rows
+
+
+def print_table(rows):
+    """Rows (dicts of the same keys) in columns as wide as they need."""
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print()
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _cell(value):
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else f"{value}"
+
+
+def print_rows():
+    """--list: the paper's setup, a line per data set."""
+    print_table([
+        {
+            "data": row.name,
+            "classes": row.classes,
+            "transforms": "crop, flip" if row.crop else "resize",
+            "r": row.inner_dim,
+            "s": f"{row.scale:g}",
+            "batch": row.batch_size,
+            "lr": f"{(LEARNING_RATE | row.lr)['sa2vp']:g}",
+            "F": "default" if row.fusion_layers is None else ",".join(map(str, row.fusion_layers)),
+            "from": row.source,
+        }
+        for row in data.ROWS
+    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------- what a run starts from
@@ -241,9 +355,13 @@ def settle(given):
         warmup_epochs=round(epochs / 10),  # the recipe's 10 of 100
         seed=42,
     )
+    if row.vtab:
+        settings["tune"] = False
+    elif "tune" in given:
+        raise ValueError(f"--tune is for VTAB-1k: {row.name} has validation pictures of its own")
     if method == "sa2vp":
         settings |= dict(inner_dim=row.inner_dim, scale=row.scale, dropout=row.dropout, window=3)
-        settings |= dict(prompt_grid=None, distill_layers=None, fusion_layers=None)
+        settings |= dict(prompt_grid=None, distill_layers=None, fusion_layers=row.fusion_layers)
     for name in given:
         if name not in settings:
             raise ValueError(f"--{name.replace('_', '-')} is a setting of --method sa2vp, not of {method}")
@@ -257,6 +375,12 @@ def settle(given):
     return settings
 
 
+def run(settings, out, **place):
+    if settings["weights"] == str(SMALL_VIT_FILE.resolve()):
+        pretrain_small_vit(**place)
+    fit(settings, out, **place)
+
+
 def build(settings, row, classes):
     """The model, seeded, and `meta`: what its checkpoints say beside the trained parameters."""
     torch.manual_seed(settings["seed"])
@@ -265,7 +389,7 @@ def build(settings, row, classes):
         vit = VisionTransformer(**SMALL_VIT)
         vit.mean, vit.std = IMAGENET_MEAN, IMAGENET_STD
     else:
-        vit = load_vit(weights, image_size)
+        vit = load_vit(weights, image_size, heads=SMALL_VIT["heads"] if row.drawn else None)
     meta = dict(
         method=settings["method"],
         options={name: settings[name] for name in SA2VP_SETTINGS if name in settings},
@@ -290,11 +414,10 @@ def pretrain_small_vit(**place):
         print()
 
 
-def default_out(settings, taken=False):
-    """runs/<data>-<method>, with the next free number; or, of those, the last that is `taken`."""
-    name = f"runs/{data.find(settings['data']).name.replace('/', '-')}-{settings['method']}"
+def default_out(name, taken=False):
+    """runs/<name>, with the next free number; or, of those, the last that is `taken`."""
     for number in itertools.count(1):
-        out = Path(name if number == 1 else f"{name}-{number}")
+        out = Path("runs", name if number == 1 else f"{name}-{number}")
         if not out.exists():
             return last if taken and number > 1 else out
         last = out
@@ -324,6 +447,11 @@ def evaluate_checkpoint(path, given, root, workers, device):
     test = data.batches(splits.test, show, meta["settings"]["batch_size"], workers or 0)
     accuracy, prompt_accuracy = evaluate(model.to(device), test, device)
     print(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
+
+
+def sentence(error):
+    """An error from a loader's worker comes with that process's traceback; its last line is what it says."""
+    return str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
 
 
 # ---------------------------------------------------------------------- files
@@ -417,7 +545,9 @@ def command_line():
     # Settings that are not given stay away, so that the data set's row and the recipe can fill them in.
     line = CommandLine(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
     add = line.add_argument
-    add("--data", metavar="NAME|PATH", help=f"{', '.join(data.TABLE)}, or a folder of pictures; default shapes")
+    groups = ", ".join(data.GROUPS)
+    add("--data", metavar="NAME|PATH", help=f"a name from --list, a group ({groups}), or a folder; default shapes")
+    add("--list", action="store_true", help="print the data sets and their settings")
     add("--root", metavar="PATH", help="where data sets are kept; default data")
     add("--weights", metavar="imagenet21k|PATH", help="the backbone's; default imagenet21k, for shapes its own")
     device = line.add_mutually_exclusive_group()
@@ -436,7 +566,10 @@ def command_line():
     add("--prompt-grid", type=grid, metavar="7x7", help="size of the prompt map; default the image's grid")
     add("--distill-layers", type=layers, metavar="0,4,8|none", help="D; default every fourth")
     add("--fusion-layers", type=layers, metavar="4,8|none", help="F, a subset of D; default D without 0")
-    add("--seed", type=natural, help="default 42")
+    seed = line.add_mutually_exclusive_group()
+    seed.add_argument("--seed", type=natural, help="default 42")
+    seed.add_argument("--seeds", type=natural, nargs="+", metavar="N", help="repeat with each: mean and deviation")
+    add("--tune", action="store_true", help="VTAB-1k: train on train800, report val200, leave the test data alone")
     add("--workers", type=natural, help="processes that load pictures")
     add("--out", type=Path, metavar="PATH", help="the run's folder; default runs/<data>-<method>")
     add("--eval", type=Path, metavar="CHECKPOINT", help="print the test accuracy of a best.pt again")
