@@ -442,7 +442,7 @@ SVHN = known("SVHN", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers",
 TARGET = drawn(where_is_blue, DIRECTIONS, 1000, 400, 1000), "drawn by the program"
 SOURCE = drawn(what_and_which_colour, KINDS, 8000, 400, 400), "drawn by the program"
 
-SHAPES_LR = {"sa2vp": 5e-3, "vpt": 5e-3, "linear": 1e-2, "full": 1e-3}
+TARGET_LR = {"sa2vp": 5e-3, "vpt": 5e-3, "linear": 1e-2, "full": 1e-3}
 
 FGVC = dict(crop=True)
 NATURAL, STRUCTURED = dict(batch_size=64, vtab=True), dict(batch_size=40, vtab=True)
@@ -485,7 +485,7 @@ ROWS = (
     DataSet("hta/food101",             101, *FOOD101,  64, 0.1),
     DataSet("hta/gtsrb",                43, *GTSRB,    64, 0.1),
     DataSet("hta/svhn",                 10, *SVHN,     64, 0.1),
-    DataSet("shapes",                    8, *TARGET,   16, 1.0, **DRAWN, dropout=0.0, epochs=30, lr=SHAPES_LR),
+    DataSet("shapes",                    8, *TARGET,   16, 1.0, **DRAWN, dropout=0.0, epochs=30, lr=TARGET_LR),
     DataSet("shapes-source",            16, *SOURCE,   16, 1.0, **DRAWN),
 )  # fmt: skip
 TABLE = {row.name: row for row in ROWS}

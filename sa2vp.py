@@ -110,10 +110,10 @@ class BilateralInteraction(nn.Module):
         The q, k, v of T_i are those of C_i: they are computed once. The prompt pathway stays a batch
         of one (1, T, d) up to the first layer in D, because nothing in it depends on the image yet.
         """
-        qb, kb, vb = layer.qkv(base)
-        qp, kp, vp = layer.qkv(prompt)
-        if class_only:
-            base, qb, prompt, qp = base[:, :1], qb[:, :, :1], prompt[:, :1], qp[:, :, :1]
+        queries = 1 if class_only else None
+        qb, kb, vb = layer.qkv(base, queries)
+        qp, kp, vp = layer.qkv(prompt, queries)
+        base, prompt = base[:, :queries], prompt[:, :queries]  # from here on, just what receives
 
         next_base = layer.transform(base, qb, kb, vb)
         if not self.distills:
@@ -303,22 +303,31 @@ def count_trained(model):
 def load(path, weights=None):
     """Reads a tuned model, `best.pt`: (model ready for prediction, what else the file says, a dict).
 
-    `weights` tells where the backbone is, if not where the run had it. Raises ValueError if the file
-    is no checkpoint of this project or the backbone is another one than it was tuned on.
+    `weights` tells where the backbone is, if not where the run had it. Raises FileNotFoundError if a
+    file is not there, ValueError if it is no checkpoint of this project or the backbone is another
+    one than it was tuned on.
     """
+    meta = read_checkpoint(path)
+    trained, weights = meta.pop("trained"), weights or meta["weights"]
+    vit = load_vit(weights, meta["image_size"], meta["heads"], meta["mean"], meta["std"])
+    if vit.fingerprint() != meta["fingerprint"]:
+        raise ValueError(f"{path} was tuned on another backbone than {weights}")
+    model = METHODS[meta["method"]](vit, len(meta["classes"]), **meta["options"])
+    load_trained(model, trained)
+    return model.eval(), meta
+
+
+def read_checkpoint(path):
+    """What a best.pt or last.pt holds, a dict; nothing in it is executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        trained, method, options = saved.pop("trained"), saved["method"], saved["options"]
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this project") from error
-    vit = load_vit(weights or saved["weights"], saved["image_size"], saved["heads"], saved["mean"], saved["std"])
-    if vit.fingerprint() != saved["fingerprint"]:
-        raise ValueError(f"{path} was tuned on another backbone than {weights or saved['weights']}")
-    model = METHODS[method](vit, len(saved["classes"]), **options)
-    load_trained(model, trained)
-    return model.eval(), saved
+    if not isinstance(saved, dict) or not {"trained", "method", "fingerprint"} <= saved.keys():
+        raise ValueError(f"{path} is no checkpoint of this project")
+    return saved
 
 
 def load_trained(model, tensors):

@@ -41,8 +41,8 @@ PRETRAINING = dict(
 
 def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
-    again = list(argv)  # the command that goes on after an interruption
+    argv = list(sys.argv[1:] if argv is None else argv)
+    out = None
     try:
         given = vars(command_line().parse_args(argv))  # just the settings that were given
         if given.pop("list", False):
@@ -58,17 +58,18 @@ def main(argv=None):
         if out is None:
             name = asked if asked in data.GROUPS else data.find(asked).name
             out = default_out(f"{name.replace('/', '-')}-{given.get('method', 'sa2vp')}", taken=resume)
-        if not resume and any(out.rglob("last.pt")):
+        if holds_run(out) and not resume:
             raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
-        again += [flag for flag in ("--resume",) if flag not in again]
-        again += [] if "--out" in argv else ["--out", str(out)]
         if asked in data.GROUPS or seeds:
             run_all(jobs, out, **place)
         else:
             (settings,) = jobs.values()
             run(resumed_settings(out, settings, given) if resume else settings, out, **place)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; to go on: python train.py {shlex.join(again)}", file=sys.stderr)
+        if out and holds_run(out):
+            argv += [flag for flag in ("--resume",) if flag not in argv]
+            argv += [] if any(flag.startswith("--out") for flag in argv) else ["--out", str(out)]
+        print(f"\ninterrupted; to go on: python train.py {shlex.join(argv)}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"train.py: {sentence(error)}", file=sys.stderr)
@@ -92,15 +93,9 @@ def fit(settings, out, root, workers, device):
         raise ValueError(f"{len(splits.train)} training pictures make no batch of {settings['batch_size']}")
     model, meta = build(settings, row, splits.classes)
     model.to(device)
-
-    def batches(samples, **how):
-        show = data.transform(row.crop, "shuffle_seed" in how, meta["image_size"], meta["mean"], meta["std"])
-        default_workers = 0 if row.drawn else min(8, os.cpu_count())
-        return data.batches(samples, show, settings["batch_size"], default_workers if workers is None else workers, **how)
-
-    train, val = batches(splits.train, shuffle_seed=settings["seed"]), batches(splits.val)
     optimizer = make_optimizer(model, settings["weight_decay"])
-    warmup_steps, total_steps = settings["warmup_epochs"] * len(train), settings["epochs"] * len(train)
+    train = batches(splits.train, row, meta, workers, shuffle_seed=settings["seed"])
+    val = batches(splits.val, row, meta, workers)
 
     print(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
           f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
@@ -109,7 +104,7 @@ def fit(settings, out, root, workers, device):
 
     history = []  # a row per epoch
     if (out / "last.pt").exists():
-        last = read_checkpoint(out / "last.pt")
+        last = sa2vp.read_checkpoint(out / "last.pt")
         if last["fingerprint"] != meta["fingerprint"]:
             raise ValueError(f"{out} was begun on another backbone than {meta['weights']} holds now")
         sa2vp.load_trained(model, last["trained"])
@@ -119,42 +114,22 @@ def fit(settings, out, root, workers, device):
         save_checkpoint(out / "last.pt", model, meta, optimizer=optimizer.state_dict(), history=history)
 
     for epoch in range(len(history), settings["epochs"]):
+        start = time.perf_counter()
         torch.manual_seed(settings["seed"] + epoch)  # dropout
         train.sampler.epoch = epoch
-        model.train()
-        start = time.perf_counter()
-        losses = []
-        bar = tqdm(train, f"epoch {epoch + 1}/{settings['epochs']}", unit="batch", leave=False, disable=None)
-        for step, (images, labels) in enumerate(bar, start=epoch * len(train)):
-            lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            with autocast(device):
-                loss = sa2vp.two_pathway_loss(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-            if step % 10 == 0 or len(losses) == len(train):  # to read the loss makes a GPU wait: not in every step
-                if not math.isfinite(loss.item()):
-                    raise ValueError(
-                        f"the loss is not finite in epoch {epoch + 1}: try a lower --lr ({out} keeps what was before)"
-                    )
-                speed = len(losses) * len(images) / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {speed:.0f} images/s")
+        loss, lr, speed = train_epoch(model, train, optimizer, settings, epoch, device)
         val_accuracy, val_prompt_accuracy = evaluate(model, val, device)
         history.append({
             "epoch": epoch + 1,
-            "loss": torch.stack(losses).mean().item(),
+            "loss": loss,
             "lr": lr,
             "val_accuracy": val_accuracy,
             "val_prompt_accuracy": val_prompt_accuracy,
             "images_per_second": speed,
             "seconds": time.perf_counter() - start,
         })  # fmt: skip
-        print(f"epoch {epoch + 1:3d}  loss {history[-1]['loss']:.4f}  lr {lr:.1e}"
-              + f"  validation {percent(val_accuracy, val_prompt_accuracy)}  {speed:.0f} images/s")  # fmt: skip
+        print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
+              f"validation {percent(val_accuracy, val_prompt_accuracy)}")  # fmt: skip
         if chosen(history) is history[-1]:
             save_checkpoint(out / "best.pt", model, meta, **history[-1])
         save_table(out / "metrics.csv", history)
@@ -162,9 +137,9 @@ def fit(settings, out, root, workers, device):
 
     # The test data is used here, once, with the epoch that validation chose.
     best = chosen(history)
-    sa2vp.load_trained(model, read_checkpoint(out / "best.pt")["trained"])
+    sa2vp.load_trained(model, sa2vp.read_checkpoint(out / "best.pt")["trained"])
     if not (out / "result.json").exists():
-        accuracy, prompt_accuracy = evaluate(model, batches(splits.test), device)
+        accuracy, prompt_accuracy = evaluate(model, batches(splits.test, row, meta, workers), device)
         result = {
             "method": settings["method"],
             "data": row.name,
@@ -182,6 +157,31 @@ def fit(settings, out, root, workers, device):
     print(f"test {percent(result['accuracy'], result['prompt_accuracy'])} with epoch {result['best_epoch']}, "
           f"trained for {result['seconds']:.0f} s")  # fmt: skip
     return model
+
+
+def train_epoch(model, batches, optimizer, settings, epoch, device):
+    """One pass over the training data: (mean loss, last learning rate, images per second)."""
+    warmup_steps, total_steps = settings["warmup_epochs"] * len(batches), settings["epochs"] * len(batches)
+    model.train()
+    losses, start = [], time.perf_counter()
+    bar = tqdm(batches, f"epoch {epoch + 1}/{settings['epochs']}", unit="batch", leave=False, disable=None)
+    for step, (images, labels) in enumerate(bar, start=epoch * len(batches)):
+        lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(device):
+            loss = sa2vp.two_pathway_loss(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        if step % 10 == 0 or len(losses) == len(batches):  # reading the loss makes a GPU wait: not in every step
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
+            speed = len(losses) * len(images) / (time.perf_counter() - start)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {speed:.0f} images/s")
+    return torch.stack(losses).mean().item(), lr, speed
 
 
 def make_optimizer(model, weight_decay):
@@ -255,7 +255,7 @@ def run_all(jobs, out, **place):
     """
     for folder, settings in jobs.items():
         last = out / folder / "last.pt"
-        if last.exists() and read_checkpoint(last)["settings"] != settings:
+        if last.exists() and sa2vp.read_checkpoint(last)["settings"] != settings:
             raise ValueError(f"{out / folder} was run with other settings: give the same ones, or another --out")
     results, failures = {}, {}
     for number, (folder, settings) in enumerate(jobs.items(), 1):
@@ -414,6 +414,15 @@ def pretrain_small_vit(**place):
         print()
 
 
+def batches(samples, row, meta, workers, shuffle_seed=None):
+    """The samples as the model takes them, in batches; shuffled and augmented if there is a `shuffle_seed`."""
+    training = shuffle_seed is not None
+    show = data.transform(row.crop, training, meta["image_size"], meta["mean"], meta["std"])
+    if workers is None:
+        workers = 0 if row.drawn else min(8, os.cpu_count())
+    return data.batches(samples, show, meta["settings"]["batch_size"], workers, shuffle_seed)
+
+
 def default_out(name, taken=False):
     """runs/<name>, with the next free number; or, of those, the last that is `taken`."""
     for number in itertools.count(1):
@@ -423,11 +432,15 @@ def default_out(name, taken=False):
         last = out
 
 
+def holds_run(out):
+    return any(out.rglob("last.pt"))
+
+
 def resumed_settings(out, settings, given):
     """The settings of the run in `out`; ValueError if one that is given now is another."""
     if not (out / "last.pt").exists():
         raise ValueError(f"{out} holds no run to resume: it has no last.pt")
-    stored = read_checkpoint(out / "last.pt")["settings"]
+    stored = sa2vp.read_checkpoint(out / "last.pt")["settings"]
     for name in given:
         if settings[name] != stored.get(name):
             raise ValueError(f"{out} was run with {name} {stored.get(name)}, not {settings[name]}: leave it out")
@@ -443,8 +456,7 @@ def evaluate_checkpoint(path, given, root, workers, device):
     splits = data.load(row, root, meta["settings"]["seed"])
     if splits.classes != meta["classes"]:
         raise ValueError(f"{path} was trained on other classes than {row.name} has")
-    show = data.transform(row.crop, False, meta["image_size"], meta["mean"], meta["std"])
-    test = data.batches(splits.test, show, meta["settings"]["batch_size"], workers or 0)
+    test = batches(splits.test, row, meta, workers)
     accuracy, prompt_accuracy = evaluate(model.to(device), test, device)
     print(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
 
@@ -477,13 +489,6 @@ def torch_bytes(content):
 def save_checkpoint(path, model, meta, **more):
     trained = {name: tensor.detach().cpu() for name, tensor in sa2vp.trained_parameters(model).items()}
     save_whole(path, torch_bytes({**meta, **more, "trained": trained}))
-
-
-def read_checkpoint(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this project") from error
 
 
 def save_table(path, rows):
@@ -543,7 +548,9 @@ def command_line():
     share = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
 
     # Settings that are not given stay away, so that the data set's row and the recipe can fill them in.
-    line = CommandLine(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    line = CommandLine(
+        prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     add = line.add_argument
     groups = ", ".join(data.GROUPS)
     add("--data", metavar="NAME|PATH", help=f"a name from --list, a group ({groups}), or a folder; default shapes")

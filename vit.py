@@ -35,9 +35,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x):
-        """(B, T, d) -> q, k, v, each (B, heads, T, d / heads)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    def project(self, x, queries=None):
+        """(B, T, d) -> q, k, v, each (B, heads, T, d / heads); q just of the first tokens if `queries` says how many."""
+        dim = x.size(-1)
+        (wq, wkv), (bq, bkv) = (tensor.split((dim, 2 * dim)) for tensor in (self.qkv.weight, self.qkv.bias))
+        q, kv = F.linear(x[:, :queries], wq, bq), F.linear(x, wkv, bkv)
+        return [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1))]
 
     def attend(self, q, k, v, mask=None):
         """Wo softmax(q k' / sqrt(d / heads)) v: (B, T, d) for T queries.
@@ -72,9 +75,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden, dropout)
 
-    def qkv(self, x):
+    def qkv(self, x, queries=None):
         """What the layer's attention works on: (B, T, d) -> q, k, v, each (B, heads, T, d / heads)."""
-        return self.attn.project(self.norm1(x))
+        return self.attn.project(self.norm1(x), queries)
 
     def transform(self, x, q, k, v):
         """The rest of the layer, given `qkv(x)`. x and q may be cut to the tokens one wants to keep."""
@@ -324,9 +327,8 @@ def download_imagenet21k():
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         torch.hub.download_url_to_file(IMAGENET21K_URL, str(part))
-        with open(part, "rb") as file:
-            if not hashlib.file_digest(file, "md5").hexdigest().startswith(IMAGENET21K_MD5):
-                raise OSError("it arrived damaged")
+        if not hashlib.md5(part.read_bytes()).hexdigest().startswith(IMAGENET21K_MD5):
+            raise OSError("it arrived damaged")
         part.replace(path)
     except OSError as error:  # urllib's errors are OSErrors too
         raise OSError(f"cannot download {IMAGENET21K_URL} ({error}); fetch it and give --weights PATH") from None
