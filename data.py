@@ -383,27 +383,40 @@ class Pictures(Dataset):
 
 
 class Shuffled:
-    """The order of an epoch and the seeds of its augmentations; both follow from (seed, epoch)."""
+    """The order of an epoch and the seeds of its augmentations; both follow from (seed, epoch).
 
-    def __init__(self, count, seed):
-        self.count, self.seed, self.epoch = count, seed, 0
+    Of several processes, each gets its share of every batch: process `rank` of `world`.
+    """
+
+    def __init__(self, count, batch_size, seed, rank=0, world=1):
+        self.whole = count // batch_size * batch_size  # the last, incomplete batch is left out
+        self.shape, self.rank, self.seed, self.epoch = (-1, world, batch_size // world), rank, seed, 0
+        self.count = count
 
     def __len__(self):
-        return self.count
+        return self.whole // self.shape[1]
 
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
-        yield from zip(rng.permutation(self.count).tolist(), rng.integers(2**63, size=self.count).tolist())
+        order, seeds = rng.permutation(self.count), rng.integers(2**63, size=self.count)
+        mine = [array[: self.whole].reshape(self.shape)[:, self.rank].flatten().tolist() for array in (order, seeds)]
+        yield from zip(*mine)
 
 
-def batches(samples, transform, batch_size, workers, shuffle_seed=None):
-    """A DataLoader; shuffled, and without a last incomplete batch, if there is a `shuffle_seed`."""
-    training = shuffle_seed is not None
+def batches(samples, transform, batch_size, workers, shuffle_seed=None, share=(0, 1)):
+    """A DataLoader; shuffled, and without a last incomplete batch, if there is a `shuffle_seed`.
+
+    `batch_size` is that of all processes together, `share` (rank, world) says which is this one.
+    """
+    rank, world = share
+    if shuffle_seed is None:
+        sampler = [(i, 0) for i in range(rank, len(samples), world)]
+    else:
+        sampler = Shuffled(len(samples), batch_size, shuffle_seed, rank, world)
     return DataLoader(
         Pictures(samples, transform),
-        batch_size,
-        sampler=Shuffled(len(samples), shuffle_seed) if training else [(i, 0) for i in range(len(samples))],
-        drop_last=training,
+        batch_size // world,
+        sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -4,8 +4,10 @@ import argparse
 import csv
 import json
 import math
+import os
 import pickle
 import shlex
+import subprocess
 import sys
 import types
 import zlib
@@ -867,11 +869,11 @@ def test_a_group_that_was_killed_and_resumed_ends_with_the_table_of_one_that_was
     table = capsys.readouterr().out.split("data  ")[-1]
     evaluate, calls = train.evaluate, []
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         calls.append(1)
         if len(calls) == 7:  # in the third run of six
             raise KeyboardInterrupt
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     monkeypatch.setattr(train, "evaluate", killed)
     with pytest.raises(SystemExit):
@@ -1067,7 +1069,7 @@ def test_the_backbone_is_bit_for_bit_unchanged_by_training(files, monkeypatch, t
     given = {"data": str(files / "insects"), "weights": files / "vit.pth", "epochs": 2, "batch_size": 4}
     for method, changes in (("sa2vp", False), ("vpt", False), ("linear", False), ("full", True)):
         settings = train.settle(given | {"method": method})
-        model = train.fit(settings, Path(method), Path("."), 0, torch.device("cpu"))
+        model = train.fit(settings, Path(method), Path("."), 0, torch.device("cpu"), compiled=False)
         same_bits = [torch.equal(a, b) for a, b in zip(before.state_dict().values(), model.vit.state_dict().values())]
         assert all(same_bits) != changes
 
@@ -1077,11 +1079,11 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_never_interrupted(run, monke
     whole = outcome(run("--dropout", 0.2, out="whole", epochs=4))
     evaluate, calls = train.evaluate, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == killed_in + 1:
             raise KeyboardInterrupt
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     monkeypatch.setattr(train, "evaluate", interrupted)
     with pytest.raises(SystemExit) as stop:
@@ -1108,6 +1110,70 @@ def test_a_folder_that_holds_a_run_is_refused_and_default_folders_are_numbered(r
     for _ in range(2):
         train.main([str(flag) for flag in [*common, "--epochs", 1, "--batch-size", 4, "--workers", 0]])
     assert Path("runs/insects-sa2vp/result.json").exists() and Path("runs/insects-sa2vp-2/result.json").exists()
+
+
+def torchrun(processes, arguments, folder):
+    """Runs train.py in several processes; returns the finished command."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += [train.__file__, *map(str, arguments), "--cpu"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_train_and_test_as_one_does(run, files, tmp_path, capsys):
+    make_folder(tmp_path / "pictures", {"train": 9, "val": 5, "test": 3}, classes=("ant", "bee", "cat"))
+    flags = ["--data", tmp_path / "pictures", "--weights", files / "vit.pth", "--dropout", 0, "--epochs", 3]
+    flags += ["--batch-size", 4, "--workers", 0]
+    one = outcome(run(*flags, "--out", "one", out="one"))
+    done = torchrun(2, [*flags, "--out", "two"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch") == one[1][-1]["epoch"].count("3") * 3 + 1  # one process speaks
+    two = outcome(tmp_path / "two")
+    for ours, theirs in zip(one[1], two[1]):
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
+        assert ours["val_accuracy"] == theirs["val_accuracy"]
+    assert one[0] == two[0]
+    capsys.readouterr()
+    train.main(["--eval", "two/best.pt", "--cpu"])
+    assert f"test {two[0]['accuracy']} %" in capsys.readouterr().out
+    refused = torchrun(2, [*flags, "--out", "odd", "--batch-size", 5], tmp_path)
+    assert "cannot share a batch of 5 evenly" in refused.stderr and "odd" not in {p.name for p in tmp_path.iterdir()}
+
+
+def test_every_picture_is_counted_once_by_however_many_processes(files):
+    samples = list(range(11))
+    for world in (1, 2, 3):
+        loaders = [data.batches(samples, None, 6, 0, share=(rank, world)) for rank in range(world)]
+        assert sorted(index for loader in loaders for index, _ in loader.sampler) == samples
+        shares = [list(data.Shuffled(11, 6, seed=3, rank=rank, world=world)) for rank in range(world)]
+        assert [sorted(sum(shares, []))] == [sorted(data.Shuffled(11, 6, seed=3))]
+
+
+def test_compiling_changes_results_by_no_more_than_rounding_and_happens_twice(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"data": str(files / "insects"), "weights": files / "vit.pth", "epochs": 2, "batch_size": 4, "dropout": 0.0}
+    compiled = []
+    real = torch.compile
+    backend = lambda graph, inputs: compiled.append(1) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda model, **how: real(model, backend=backend, **how))
+    for flag in (False, True):
+        train.fit(train.settle(given), Path(f"compiled-{flag}"), Path("."), 0, torch.device("cpu"), compiled=flag)
+    assert len(compiled) == 2  # for training and for evaluation; the last batch of the latter is smaller
+    plain, fast = (outcome(Path(f"compiled-{flag}")) for flag in (False, True))
+    for ours, theirs in zip(plain[1], fast[1]):
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-5)
+
+
+def test_the_bench_measures_its_rows_beside_the_encoder(files, capsys, monkeypatch):
+    some = ["train: frozen encoder", "train: SA2VP", "predict: plain encoder"]
+    assert set(some) < set(train.BENCH_ROWS)
+    monkeypatch.setattr(train, "BENCH_ROWS", some)
+    train.main(["--bench", "--weights", str(files / "vit.pth"), "--batch-size", "2", "--cpu"])
+    lines = capsys.readouterr().out.strip().splitlines()
+    rows = {line.split("  ")[0]: line.split() for line in lines if line.startswith(("train:", "predict:"))}
+    assert list(rows) == some
+    assert [rows[name][-3] for name in ("train: frozen encoder", "predict: plain encoder")] == ["1.00", "1.00"]
+    assert all(float(row[-4]) > 0 and float(row[-2]) > 0 for row in rows.values())
 
 
 def test_a_tuned_model_is_loaded_for_prediction_and_a_wrong_backbone_refused(run, files, tmp_path):

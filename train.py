@@ -10,15 +10,20 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -47,10 +52,16 @@ def main(argv=None):
         given = vars(command_line().parse_args(argv))  # just the settings that were given
         if given.pop("list", False):
             return print_rows()
-        device = choose_device(given.pop("gpu", None), given.pop("cpu", False))
-        place = dict(root=Path(given.pop("root", "data")), workers=given.pop("workers", None), device=device)
+        place = dict(
+            root=Path(given.pop("root", "data")),
+            workers=given.pop("workers", None),
+            device=choose_device(given.pop("gpu", None), given.pop("cpu", False)),
+            compiled=given.pop("compile", False),
+        )
         if "eval" in given:
             return evaluate_checkpoint(given.pop("eval"), given, **place)
+        if given.pop("bench", False):
+            return bench(given, **place)
 
         resume, out, seeds = given.pop("resume", False), given.pop("out", None), given.pop("seeds", None)
         asked = given.get("data", "shapes")
@@ -58,7 +69,8 @@ def main(argv=None):
         if out is None:
             name = asked if asked in data.GROUPS else data.find(asked).name
             out = default_out(f"{name.replace('/', '-')}-{given.get('method', 'sa2vp')}", taken=resume)
-        if holds_run(out) and not resume:
+        out, holds = from_first_process((out, holds_run(out)))
+        if holds and not resume:
             raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
         if asked in data.GROUPS or seeds:
             run_all(jobs, out, **place)
@@ -74,12 +86,15 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"train.py: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------- the loop
 
 
-def fit(settings, out, root, workers, device):
+def fit(settings, out, root, workers, device, compiled):
     """Trains by `settings`, from where out/last.pt stands if there is one; returns the chosen epoch's model.
 
     Everything random in an epoch follows from (seed, epoch), so that a run that is interrupted and
@@ -91,16 +106,19 @@ def fit(settings, out, root, workers, device):
         raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
     if len(splits.train) < settings["batch_size"]:
         raise ValueError(f"{len(splits.train)} training pictures make no batch of {settings['batch_size']}")
+    if settings["batch_size"] % world_size():
+        raise ValueError(f"{world_size()} processes cannot share a batch of {settings['batch_size']} evenly")
     model, meta = build(settings, row, splits.classes)
     model.to(device)
+    network = torch.compile(model, dynamic=False) if compiled else model  # the same parameters, run faster
     optimizer = make_optimizer(model, settings["weight_decay"])
     train = batches(splits.train, row, meta, workers, shuffle_seed=settings["seed"])
     val = batches(splits.val, row, meta, workers)
 
-    print(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
-          f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
-    print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on {device}, "
-          f"to {out}")  # fmt: skip
+    say(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
+        f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
+    say(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on {device}, "
+        f"to {out}")  # fmt: skip
 
     history = []  # a row per epoch
     if (out / "last.pt").exists():
@@ -113,12 +131,13 @@ def fit(settings, out, root, workers, device):
     else:
         save_checkpoint(out / "last.pt", model, meta, optimizer=optimizer.state_dict(), history=history)
 
+    shared = DistributedDataParallel(network) if dist.is_initialized() else network  # averages the gradients
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
-        torch.manual_seed(settings["seed"] + epoch)  # dropout
+        torch.manual_seed(settings["seed"] + epoch + 1_000_003 * rank())  # dropout
         train.sampler.epoch = epoch
-        loss, lr, speed = train_epoch(model, train, optimizer, settings, epoch, device)
-        val_accuracy, val_prompt_accuracy = evaluate(model, val, device)
+        loss, lr, speed, waited = train_epoch(shared, train, optimizer, settings, epoch, device)
+        val_accuracy, val_prompt_accuracy = evaluate(network, val, device, fill=compiled)
         history.append({
             "epoch": epoch + 1,
             "loss": loss,
@@ -128,8 +147,9 @@ def fit(settings, out, root, workers, device):
             "images_per_second": speed,
             "seconds": time.perf_counter() - start,
         })  # fmt: skip
-        print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
-              f"validation {percent(val_accuracy, val_prompt_accuracy)}")  # fmt: skip
+        say(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
+            f"validation {percent(val_accuracy, val_prompt_accuracy)}"
+            + (f"  ({waited:.0%} of the time spent waiting for data)" if waited > 0.05 else ""))  # fmt: skip
         if chosen(history) is history[-1]:
             save_checkpoint(out / "best.pt", model, meta, **history[-1])
         save_table(out / "metrics.csv", history)
@@ -139,7 +159,7 @@ def fit(settings, out, root, workers, device):
     best = chosen(history)
     sa2vp.load_trained(model, sa2vp.read_checkpoint(out / "best.pt")["trained"])
     if not (out / "result.json").exists():
-        accuracy, prompt_accuracy = evaluate(model, batches(splits.test, row, meta, workers), device)
+        accuracy, prompt_accuracy = evaluate(network, batches(splits.test, row, meta, workers), device, fill=compiled)
         result = {
             "method": settings["method"],
             "data": row.name,
@@ -154,18 +174,21 @@ def fit(settings, out, root, workers, device):
         }
         save_whole(out / "result.json", json.dumps(result, indent=2).encode())
     result = json.loads((out / "result.json").read_text())
-    print(f"test {percent(result['accuracy'], result['prompt_accuracy'])} with epoch {result['best_epoch']}, "
-          f"trained for {result['seconds']:.0f} s")  # fmt: skip
+    say(f"test {percent(result['accuracy'], result['prompt_accuracy'])} with epoch {result['best_epoch']}, "
+        f"trained for {result['seconds']:.0f} s")  # fmt: skip
     return model
 
 
 def train_epoch(model, batches, optimizer, settings, epoch, device):
-    """One pass over the training data: (mean loss, last learning rate, images per second)."""
+    """One pass over the training data: (mean loss, last learning rate, images per second, share of time waiting)."""
     warmup_steps, total_steps = settings["warmup_epochs"] * len(batches), settings["epochs"] * len(batches)
     model.train()
-    losses, start = [], time.perf_counter()
-    bar = tqdm(batches, f"epoch {epoch + 1}/{settings['epochs']}", unit="batch", leave=False, disable=None)
+    losses, waited, start = [], 0.0, time.perf_counter()
+    hidden = None if rank() == 0 else True  # None: shown on a terminal
+    bar = tqdm(batches, f"epoch {epoch + 1}/{settings['epochs']}", unit="batch", leave=False, disable=hidden)
+    asked = time.perf_counter()
     for step, (images, labels) in enumerate(bar, start=epoch * len(batches)):
+        waited += time.perf_counter() - asked
         lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -179,9 +202,11 @@ def train_epoch(model, batches, optimizer, settings, epoch, device):
         if step % 10 == 0 or len(losses) == len(batches):  # reading the loss makes a GPU wait: not in every step
             if not math.isfinite(loss.item()):
                 raise ValueError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
-            speed = len(losses) * len(images) / (time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            speed = len(losses) * settings["batch_size"] / seconds
             bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {speed:.0f} images/s")
-    return torch.stack(losses).mean().item(), lr, speed
+        asked = time.perf_counter()
+    return summed(torch.stack(losses).mean()).item() / world_size(), lr, speed, waited / seconds
 
 
 def make_optimizer(model, weight_decay):
@@ -203,19 +228,56 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
 
 
 @torch.inference_mode()
-def evaluate(model, batches, device):
-    """Accuracy in percent of each pathway, (base, prompt); None for one that the method has not, or for no pictures."""
+def evaluate(model, batches, device, fill=False):
+    """Accuracy in percent of each pathway, (base, prompt); None for one that the method has not, or for no pictures.
+
+    `fill` fills the last batch up, because a compiled model is compiled for one size.
+    """
     if not len(batches.dataset):
         return None, None
     model.eval()
-    correct = 0
+    correct, logits = torch.zeros(2, dtype=torch.long, device=device), ()
     for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if fill:
+            images = F.pad(images, (0, 0) * 3 + (0, batches.batch_size - len(labels)))
         with autocast(device):
-            logits = model(images.to(device, non_blocking=True))
-        labels = labels.to(device, non_blocking=True)
-        correct += torch.stack([(scores.argmax(dim=1) == labels).sum() for scores in logits])
-    base, prompt = [100 * n / len(batches.dataset) for n in correct.tolist()] + [None] * (2 - len(correct))
-    return base, prompt
+            logits = model(images)
+        for pathway, scores in enumerate(logits):
+            correct[pathway] += (scores[: len(labels)].argmax(dim=1) == labels).sum()
+    base, prompt = (100 * n / len(batches.dataset) for n in summed(correct).tolist())
+    return base, prompt if len(logits) == 2 else None
+
+
+# ---------------------------------------------------------------------- several processes (torchrun)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def summed(tensor):
+    """Of all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def say(text=""):
+    if rank() == 0:
+        print(text)
+
+
+def from_first_process(content):
+    """What the first process has there, so that all agree on it."""
+    contents = [content]
+    if dist.is_initialized():
+        dist.broadcast_object_list(contents)
+    return contents[0]
 
 
 def autocast(device):
@@ -259,7 +321,7 @@ def run_all(jobs, out, **place):
             raise ValueError(f"{out / folder} was run with other settings: give the same ones, or another --out")
     results, failures = {}, {}
     for number, (folder, settings) in enumerate(jobs.items(), 1):
-        print(f"\n[{number}/{len(jobs)}] {folder}")
+        say(f"\n[{number}/{len(jobs)}] {folder}")
         try:
             run(settings, out / folder, **place)
             result = json.loads((out / folder / "result.json").read_text())
@@ -310,9 +372,9 @@ def print_table(rows):
     """Rows (dicts of the same keys) in columns as wide as they need."""
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    print()
+    say()
     for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 def _cell(value):
@@ -408,10 +470,10 @@ def build(settings, row, classes):
 def pretrain_small_vit(**place):
     """Trains the drawn pictures' backbone by the same loop, once, and writes its weights under timm's names."""
     if not SMALL_VIT_FILE.exists():
-        print(f"pre-training a small ViT on single shapes (once; kept as {SMALL_VIT_FILE})")
+        say(f"pre-training a small ViT on single shapes (once; kept as {SMALL_VIT_FILE})")
         model = fit(PRETRAINING, SMALL_VIT_FILE.parent, **place)
         save_whole(SMALL_VIT_FILE, torch_bytes({"model": model.vit.cpu().state_dict()}))
-        print()
+        say()
 
 
 def batches(samples, row, meta, workers, shuffle_seed=None):
@@ -419,8 +481,9 @@ def batches(samples, row, meta, workers, shuffle_seed=None):
     training = shuffle_seed is not None
     show = data.transform(row.crop, training, meta["image_size"], meta["mean"], meta["std"])
     if workers is None:
-        workers = 0 if row.drawn else min(8, os.cpu_count())
-    return data.batches(samples, show, meta["settings"]["batch_size"], workers, shuffle_seed)
+        workers = 0 if row.drawn else min(8, max(1, os.cpu_count() // world_size()))
+    batch_size, share = meta["settings"]["batch_size"], (rank(), world_size())
+    return data.batches(samples, show, batch_size, workers, shuffle_seed, share)
 
 
 def default_out(name, taken=False):
@@ -447,18 +510,19 @@ def resumed_settings(out, settings, given):
     return stored
 
 
-def evaluate_checkpoint(path, given, root, workers, device):
+def evaluate_checkpoint(path, given, root, workers, device, compiled):
     """--eval: prints the test accuracy of a checkpoint again."""
     for name in given.keys() - {"data", "weights"}:
         raise ValueError(f"--{name.replace('_', '-')} has no part in --eval")
     model, meta = sa2vp.load(path, given.get("weights"))
+    network = torch.compile(model.to(device), dynamic=False) if compiled else model.to(device)
     row = data.find(given.get("data", meta["settings"]["data"]))
     splits = data.load(row, root, meta["settings"]["seed"])
     if splits.classes != meta["classes"]:
         raise ValueError(f"{path} was trained on other classes than {row.name} has")
     test = batches(splits.test, row, meta, workers)
-    accuracy, prompt_accuracy = evaluate(model.to(device), test, device)
-    print(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
+    accuracy, prompt_accuracy = evaluate(network, test, device, fill=compiled)
+    say(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
 
 
 def sentence(error):
@@ -466,18 +530,146 @@ def sentence(error):
     return str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
 
 
+# ---------------------------------------------------------------------- what a step costs
+
+BENCH_METHODS = {  # row of the table: (method, its options)
+    "linear": ("linear", {}),
+    "VPT-deep, 50 prompts": ("vpt", {}),
+    "full fine-tuning": ("full", {}),
+    "SA2VP": ("sa2vp", {"dropout": 0.0}),
+    "SA2VP, 7x7 prompt map": ("sa2vp", {"dropout": 0.0, "prompt_grid": (7, 7)}),
+    "SA2VP, dropout 0.1": ("sa2vp", {"dropout": 0.1}),
+}
+TRAINING, PREDICTION = "train: ", "predict: "
+BENCH_ROWS = [f"{TRAINING}{name}" for name in ("frozen encoder", *BENCH_METHODS)]
+BENCH_ROWS += [f"{PREDICTION}{name}" for name in ("plain encoder", "SA2VP", "SA2VP, 7x7 prompt map")]
+
+
+def bench_step(name, weights, batch_size, device, compiled):
+    """A function that takes one step of a row of the table, on random images."""
+    torch.manual_seed(0)
+    vit = (load_vit(weights) if weights else VisionTransformer()).to(device).requires_grad_(False)
+    images = torch.randn(batch_size, 3, *vit.image_size, device=device)
+    labels = torch.randint(200, (batch_size,), device=device)
+    method, options = BENCH_METHODS.get(name.split(": ")[1], (None, {}))
+    model = sa2vp.METHODS[method](vit, 200, **options).to(device) if method else vit
+    wrap = partial(torch.compile, dynamic=False) if compiled else lambda function: function
+    model.train(name.startswith(TRAINING))
+
+    if name.startswith(PREDICTION):
+        predict = wrap(model.predict if method else model)
+
+        @torch.inference_mode()
+        def step():
+            with autocast(device):
+                predict(images)
+
+    elif method is None:  # forward, and backward to the input of the first layer
+
+        @wrap
+        def encode(tokens):
+            for block in vit.blocks:
+                tokens = block(tokens)
+            return vit.norm(tokens[:, 0])
+
+        def step():
+            with autocast(device):
+                encode(vit.embed(images).requires_grad_()).sum().backward()
+
+    else:
+        network, optimizer = wrap(model), make_optimizer(model, 1e-4)
+
+        def step():
+            with autocast(device):
+                loss = sa2vp.two_pathway_loss(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return step
+
+
+def bench_memory(report, *row):
+    """Sends the peak memory of two steps of a row, in MB: the allocator's on CUDA, else this process's own."""
+    device = row[3]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step = bench_step(*row)
+    step(), step()
+    if device.type == "cuda":
+        report(torch.cuda.max_memory_allocated(device) / 2**20)
+    else:
+        import resource  # not there on Windows
+
+        report(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def bench(given, root, workers, device, compiled, rounds=7):
+    """--bench: time per image and peak memory of a step, ViT-B/16 at 224, each beside the frozen encoder's.
+
+    The rows take turns, so that a noisy machine is noisy for all of them; the median of the rounds counts.
+    """
+    for name in given.keys() - {"weights", "batch_size"}:
+        raise ValueError(f"--{name.replace('_', '-')} has no part in --bench")
+    batch_size = given.get("batch_size", 64 if device.type == "cuda" else 8)
+    common = (given.get("weights"), batch_size, device, compiled)
+    peaks = {}
+    for name in BENCH_ROWS:
+        if device.type == "cuda":
+            bench_memory(partial(peaks.__setitem__, name), name, *common)
+            torch.cuda.empty_cache()
+        else:  # a process of its own, whose peak is the row's
+            receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
+            process = multiprocessing.get_context("spawn").Process(target=bench_memory, args=(send.send, name, *common))
+            process.start()
+            process.join()
+            peaks[name] = receive.recv()
+
+    times = {name: [] for name in BENCH_ROWS}
+    steps = {name: bench_step(name, *common) for name in BENCH_ROWS}
+    for number in tqdm(range(1 + rounds), "rounds", leave=False, disable=None):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name] += [time.perf_counter() - start] if number else []  # the first round warms up
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    say(f"ViT-B/16 at 224, batch {batch_size}, {kind}, {'bfloat16' if device.type == 'cuda' else 'float32'}"
+        f"{', compiled' if compiled else ''}, PyTorch {torch.__version__}; medians of {rounds} rounds")  # fmt: skip
+    rows = []
+    for name in BENCH_ROWS:
+        first = next(row for row in BENCH_ROWS if row.split(":")[0] == name.split(":")[0])
+        rows.append({
+            "step": name,
+            "ms per image": 1000 * medians[name] / batch_size,
+            "time ratio": medians[name] / medians[first],
+            "peak MB": round(peaks[name]),
+            "memory ratio": peaks[name] / peaks[first],
+        })  # fmt: skip
+    print_table(rows)
+
+
 # ---------------------------------------------------------------------- files
 
 
 def save_whole(path, content):
-    """Writes bytes so that the file is there whole or, whatever happens meanwhile, as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Writes bytes so that the file is there whole or, whatever happens meanwhile, as it was before.
+
+    Of several processes the first writes, and the others wait for it.
+    """
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def torch_bytes(content):
@@ -579,19 +771,26 @@ def command_line():
     add("--tune", action="store_true", help="VTAB-1k: train on train800, report val200, leave the test data alone")
     add("--workers", type=natural, help="processes that load pictures")
     add("--out", type=Path, metavar="PATH", help="the run's folder; default runs/<data>-<method>")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--bench", action="store_true", help="print what a step costs beside the frozen encoder; writes nothing")
     add("--eval", type=Path, metavar="CHECKPOINT", help="print the test accuracy of a best.pt again")
     add("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
     return line
 
 
 def choose_device(gpu, cpu):
-    if cpu:
-        return torch.device("cpu")
-    if gpu is not None and gpu >= torch.cuda.device_count():
-        raise ValueError(f"there is no GPU {gpu}: PyTorch sees {torch.cuda.device_count()}; leave out --gpu, or --cpu")
-    if torch.cuda.is_available():
+    """This process's device. Under torchrun, every process takes its own GPU, and they are connected here."""
+    gpus = 0 if cpu else torch.cuda.device_count()
+    if "LOCAL_RANK" in os.environ:
+        if gpu is not None:
+            raise ValueError("torchrun gives every process its own GPU: leave out --gpu")
+        gpu = int(os.environ["LOCAL_RANK"]) if gpus else None
+        dist.init_process_group("nccl" if gpus else "gloo")
+    if gpu is not None and gpu >= gpus:
+        raise ValueError(f"there is no GPU {gpu}: PyTorch sees {gpus}; leave out --gpu, or take --cpu")
+    if gpus:
         return torch.device("cuda", gpu or 0)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() and not cpu else "cpu")
 
 
 if __name__ == "__main__":

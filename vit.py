@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def project(self, x, queries=None):
-        """(B, T, d) -> q, k, v, each (B, heads, T, d / heads); q just of the first tokens if `queries` says how many."""
+        """(B, T, d) -> q, k, v, each (B, heads, T, d / heads); q just of the first `queries` tokens, if given."""
         dim = x.size(-1)
         (wq, wkv), (bq, bkv) = (tensor.split((dim, 2 * dim)) for tensor in (self.qkv.weight, self.qkv.bias))
         q, kv = F.linear(x[:, :queries], wq, bq), F.linear(x, wkv, bkv)
