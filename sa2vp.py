@@ -96,35 +96,35 @@ class BilateralInteraction(nn.Module):
     """Bilateral interaction: takes both pathways through frozen layer i, one prompting the other.
 
     Knowledge prompting P -> B, Eq. (5); or, where `distills`, knowledge distillation B -> P, Eq. (6),
-    with `fusion`, if given, Eq. (7).
+    with `fusion`, if given, Eq. (7). Of the `last` layer only the class tokens are computed.
     """
 
-    def __init__(self, cross_attention, adapter, scale, distills, fusion=None):
+    def __init__(self, cross_attention, adapter, scale, distills, last, fusion=None):
         super().__init__()
         self.cross_attention, self.adapter, self.fusion = cross_attention, adapter, fusion
-        self.scale, self.distills = scale, distills
+        self.scale, self.distills, self.last = scale, distills, last
 
-    def forward(self, layer, base, prompt, class_only=False, predict=False):
-        """B_i, P_i -> B_{i+1}, P_{i+1}; just their class tokens if `class_only`, None for P if `predict`.
+    def forward(self, layer, base, prompt, predict=False):
+        """B_i (B, T, d), P_i (B, T', d) -> B_{i+1}, P_{i+1}; to `predict`, the last layer's P is left out: None.
 
         The q, k, v of T_i are those of C_i: they are computed once. The prompt pathway stays a batch
-        of one (1, T, d) up to the first layer in D, because nothing in it depends on the image yet.
+        of one (1, T', d) up to the first layer in D, because nothing in it depends on the image yet.
         """
-        queries = 1 if class_only else None
+        queries = 1 if self.last else None
         qb, kb, vb = layer.qkv(base, queries)
         qp, kp, vp = layer.qkv(prompt, queries)
-        base, prompt = base[:, :queries], prompt[:, :queries]  # from here on, just what receives
+        base, prompt = base[:, :queries], prompt[:, :queries]  # from here on, just the tokens that are kept
 
         next_base = layer.transform(base, qb, kb, vb)
-        if not self.distills:
+        if not self.distills:  # Eq. (5)
             next_base = next_base + self.scale * self.adapter(self.cross_attention(layer, base, qb, kp, vp))
-        if predict:
+        if predict and self.last:
             return next_base, None
 
         next_prompt = layer.transform(prompt, qp, kp, vp)
-        if self.fusion is not None:
-            next_prompt = next_prompt + self.fusion(layer)[:, : prompt.size(1)]
-        if self.distills:
+        if self.fusion is not None:  # Eq. (7)
+            next_prompt = next_prompt + self.fusion(layer)[:, :queries]
+        if self.distills:  # Eq. (6)
             next_prompt = next_prompt + self.scale * self.adapter(self.cross_attention(layer, prompt, qp, kb, vb))
         return next_base, next_prompt
 
@@ -177,32 +177,29 @@ class SA2VP(nn.Module):
                     PromptAdapter(dim, inner_dim, dropout),
                     scale,
                     distills=i in distill_layers,
+                    last=i == depth - 1,
                     fusion=InterLayerPromptFusion(self.prompt_grid, inner_dim, dim) if i in fusion_layers else None,
                 )
             )
         self.head = _head(dim, num_classes)
 
-    def forward(self, images):
-        """Images (B, 3, H, W) -> class scores of the base and the prompt pathway, each (B, num_classes)."""
-        base, prompt = self.pathways(images)
-        base_logits, prompt_logits = self.head(base), self.head(prompt)
-        return base_logits, prompt_logits.expand_as(base_logits)
+    def forward(self, images, predict=False):
+        """Figure 2: images (B, 3, H, W) -> class scores of the base and the prompt pathway, each (B, num_classes).
+
+        `predict` leaves out what the base pathway's scores do not need; those of the prompt pathway are None.
+        """
+        base = self.vit.embed(images)  # Eq. (1), (B, 1 + N, d)
+        prompt = self.drop(self.prompt_map() + self.prompt_positions())  # Eq. (2), (1, 1 + h' w', d)
+        for layer, interact in zip(self.vit.blocks, self.interactions):
+            base, prompt = interact(layer, base, prompt, predict)  # Eq. (3) to (7)
+        base_logits = self.head(self.vit.norm(base[:, 0]))
+        if predict:
+            return base_logits, None
+        return base_logits, self.head(self.vit.norm(prompt[:, 0])).expand_as(base_logits)
 
     def predict(self, images):
         """Class scores of the base pathway alone, (B, num_classes): those that predict."""
-        base, _ = self.pathways(images, predict=True)
-        return self.head(base)
-
-    def pathways(self, images, predict=False):
-        """Figure 2: the class tokens that leave the base and the prompt pathway, each (B, d)."""
-        base = self.vit.embed(images)  # Eq. (1)
-        prompt = self.drop(self.prompt_map() + self.prompt_positions())  # Eq. (2)
-        *layers, last = zip(self.vit.blocks, self.interactions)
-        for layer, interact in layers:
-            base, prompt = interact(layer, base, prompt)
-        layer, interact = last
-        base, prompt = interact(layer, base, prompt, class_only=True, predict=predict)
-        return self.vit.norm(base[:, 0]), None if predict else self.vit.norm(prompt[:, 0])
+        return self(images, predict=True)[0]
 
     def prompt_positions(self):
         """E_pos as the prompt pathway borrows it: the image's own, at the prompt map's size."""
