@@ -58,7 +58,7 @@ class SpatiallyAlignedCrossAttention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, layer, x, q, k, v):
-        mask = None if self.mask is None else self.mask[: x.size(1)]
+        mask = None if self.mask is None else self.mask[: x.size(1)]  # the last layer keeps the class token's row alone
         return x + self.drop(layer.attn.attend(q, k, v, mask))
 
 
@@ -110,20 +110,20 @@ class BilateralInteraction(nn.Module):
         The q, k, v of T_i are those of C_i: they are computed once. The prompt pathway stays a batch
         of one (1, T', d) up to the first layer in D, because nothing in it depends on the image yet.
         """
-        queries = 1 if self.last else None
-        qb, kb, vb = layer.qkv(base, queries)
-        qp, kp, vp = layer.qkv(prompt, queries)
-        base, prompt = base[:, :queries], prompt[:, :queries]  # from here on, just the tokens that are kept
+        keep = 1 if self.last else None
+        qb, kb, vb = layer.qkv(base, keep)
+        qp, kp, vp = layer.qkv(prompt, keep)
+        base, prompt = base[:, :keep], prompt[:, :keep]
 
-        next_base = layer.transform(base, qb, kb, vb)
+        next_base = layer.finish(base, qb, kb, vb)
         if not self.distills:  # Eq. (5)
             next_base = next_base + self.scale * self.adapter(self.cross_attention(layer, base, qb, kp, vp))
         if predict and self.last:
             return next_base, None
 
-        next_prompt = layer.transform(prompt, qp, kp, vp)
+        next_prompt = layer.finish(prompt, qp, kp, vp)
         if self.fusion is not None:  # Eq. (7)
-            next_prompt = next_prompt + self.fusion(layer)[:, :queries]
+            next_prompt = next_prompt + self.fusion(layer)[:, :keep]
         if self.distills:  # Eq. (6)
             next_prompt = next_prompt + self.scale * self.adapter(self.cross_attention(layer, prompt, qp, kb, vb))
         return next_base, next_prompt
@@ -133,8 +133,10 @@ class SA2VP(nn.Module):
     """A frozen ViT tuned by a spatially aligned-and-adapted prompt map.
 
     vit            the pre-trained backbone; it is frozen here, and gets this `dropout`
+    num_classes    outputs of the head that both pathways share
     inner_dim      r, the rank of the prompt maps and the width inside the adapters
     scale          s, the weight of a prompting message
+    dropout        share of zeros, in training, in both pathways, the encoder's MLPs and the adapters
     window         side of the aligned neighbourhood in cells, odd; None lets every token attend to all
     prompt_grid    (h', w') of a scaled prompt map; None is the image's own grid
     distill_layers D, where the base pathway speaks to the prompt pathway; by default every fourth from
@@ -217,6 +219,9 @@ class LinearProbe(nn.Module):
     def forward(self, images):
         return (self.head(self.vit(images)),)
 
+    def predict(self, images):
+        return self(images)[0]
+
 
 class FullFineTuning(LinearProbe):
     """Baseline: everything is trained. Returns (logits,)."""
@@ -244,6 +249,9 @@ class VPTDeep(nn.Module):
             # Attention has no order, so the prompts may stand last; those that come out are dropped.
             x = block(torch.cat([x, prompts.expand(batch, -1, -1)], dim=1))[:, :length]
         return (self.head(self.vit.norm(x[:, 0])),)
+
+    def predict(self, images):
+        return self(images)[0]
 
 
 METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "linear": LinearProbe, "full": FullFineTuning}
@@ -280,7 +288,7 @@ def aligned_neighbourhood(grid, other_grid, window):
 
 
 def freeze(vit, dropout=0.0):
-    """The one place where the backbone is frozen: no gradients, and `dropout` where the encoder has it."""
+    """No gradients for the backbone, and `dropout` where its layers have it. All methods start from here."""
     for module in vit.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
@@ -306,6 +314,8 @@ def load(path, weights=None):
     """
     meta = read_checkpoint(path)
     trained, weights = meta.pop("trained"), weights or meta["weights"]
+    if weights is None:
+        raise ValueError(f"{path} was trained from scratch, not tuned: there is no backbone to put it on")
     vit = load_vit(weights, meta["image_size"], meta["heads"], meta["mean"], meta["std"])
     if vit.fingerprint() != meta["fingerprint"]:
         raise ValueError(f"{path} was tuned on another backbone than {weights}")

@@ -686,7 +686,8 @@ def make_gtsrb(root):
 def make_svhn(root):
     for split, count in (("train", 40), ("test", 8)):
         pictures = np.zeros((32, 32, 3, count), dtype=np.uint8)
-        FakeScipy.save(root / f"{split}_32x32.mat", X=pictures, y=np.array([[10 if i % 2 else 1] for i in range(count)]))
+        digits = np.array([[10 if i % 2 else 1] for i in range(count)])
+        FakeScipy.save(root / f"{split}_32x32.mat", X=pictures, y=digits)
 
 
 def make_vtab(root, name="clevr_count"):
@@ -734,7 +735,8 @@ JSON_LAYOUTS = {  # name: (the data set's folder, where its pictures are, its fi
 def no_checksums(monkeypatch):
     """Small copies have other checksums than those that torchvision pins."""
     for module in ("cifar", "svhn", "flowers102"):
-        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, md5=None: Path(path).exists())
+        check_integrity = f"torchvision.datasets.{module}.check_integrity"
+        monkeypatch.setattr(check_integrity, lambda path, md5=None: Path(path).exists())
 
 
 @pytest.fixture
@@ -778,6 +780,13 @@ def test_the_json_split_is_taken_where_it_lies_beside_the_images_and_needs_no_sc
         assert "json" in splits.origin and splits.classes[:2] == ["a", "b"]
 
 
+def test_a_json_split_without_class_folders_names_its_classes_by_number(tmp_path):
+    make_json_split(tmp_path / "flowers-102", tmp_path / "flowers-102", 1)
+    for split in ("train", "val", "test"):
+        (tmp_path / "flowers-102" / f"{split}.json").write_text(json.dumps({"a/test0.jpg": 1, "a/test1.jpg": 2}))
+    assert data.load(data.find("flowers"), tmp_path, seed=0).classes[:2] == ["class 0", "class 1"]
+
+
 @pytest.mark.parametrize("name", [name for name, (_, _, scipy) in LAYOUTS.items() if scipy])
 def test_where_scipy_is_needed_and_absent_the_error_says_so(tmp_path, monkeypatch, no_checksums, name):
     LAYOUTS[name][0](tmp_path)
@@ -788,7 +797,7 @@ def test_where_scipy_is_needed_and_absent_the_error_says_so(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["nabirds", "cars"])
-def test_what_cannot_be_downloaded_says_where_it_is_and_where_to_put_it(tmp_path, name):
+def test_what_cannot_be_downloaded_says_where_it_is_and_where_to_put_it(tmp_path, fake_scipy, name):
     with pytest.raises(FileNotFoundError, match=f"{data.find(name).source}.*{tmp_path}"):
         data.load(data.find(name), tmp_path, seed=0)
 
@@ -862,7 +871,7 @@ def small_group(root, monkeypatch):
     monkeypatch.setitem(data.PUBLISHED, "trio", 90.0)
 
 
-def test_a_group_that_was_killed_and_resumed_ends_with_the_table_of_one_that_was_not(run, tmp_path, monkeypatch, capsys):
+def test_a_group_killed_and_resumed_ends_with_the_table_of_one_that_was_not(run, tmp_path, monkeypatch, capsys):
     small_group(tmp_path / "root", monkeypatch)
     flags = ["--data", "trio", "--root", tmp_path / "root", "--seeds", 0, 1]
     whole = run(*flags, out="whole", epochs=2)
@@ -993,7 +1002,7 @@ def test_augmentation_does_not_depend_on_the_number_of_workers(files):
     show = data.transform(True, True, (32, 32), (0.5,) * 3, (0.5,) * 3)
     epochs = []
     for workers in (0, 2):
-        loader = data.batches(splits.train, show, 4, workers, shuffle_seed=3)
+        loader = data.make_loader(splits.train, show, 4, workers, shuffle_seed=3)
         loader.sampler.epoch = 1
         epochs.append(torch.cat([images for images, _ in loader]))
     assert torch.equal(*epochs)
@@ -1143,7 +1152,7 @@ def test_two_processes_train_and_test_as_one_does(run, files, tmp_path, capsys):
 def test_every_picture_is_counted_once_by_however_many_processes(files):
     samples = list(range(11))
     for world in (1, 2, 3):
-        loaders = [data.batches(samples, None, 6, 0, share=(rank, world)) for rank in range(world)]
+        loaders = [data.make_loader(samples, None, 6, 0, share=(rank, world)) for rank in range(world)]
         assert sorted(index for loader in loaders for index, _ in loader.sampler) == samples
         shares = [list(data.Shuffled(11, 6, seed=3, rank=rank, world=world)) for rank in range(world)]
         assert [sorted(sum(shares, []))] == [sorted(data.Shuffled(11, 6, seed=3))]
@@ -1254,9 +1263,8 @@ def test_a_damaged_picture_is_named(files, tmp_path, monkeypatch, capsys, worker
     monkeypatch.chdir(tmp_path)
     folder = make_folder(tmp_path / "pictures")
     (folder / "train" / "bee" / "broken.jpg").write_bytes(b"\xff\xd8 this is no picture")
-    line = refusal(capsys, ["--data", folder, "--weights", files / "vit.pth", "--batch-size", 13 - 2, "--workers", workers,
-                            "--epochs", 9, "--cpu"])  # fmt: skip
-    assert "broken.jpg" in line
+    flags = ["--data", folder, "--weights", files / "vit.pth", "--batch-size", 11, "--workers", workers, "--cpu"]
+    assert "broken.jpg" in refusal(capsys, [*flags, "--epochs", 9])
 
 
 def test_a_folder_without_classes_or_tests_says_what_it_needs(files, tmp_path, monkeypatch, capsys):

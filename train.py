@@ -20,6 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ PRETRAINING = dict(
     warmup_epochs=1, seed=42,
 )  # fmt: skip
 
+BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError)  # what ends in one sentence and exit code 2
+
 
 def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
@@ -65,25 +68,24 @@ def main(argv=None):
 
         resume, out, seeds = given.pop("resume", False), given.pop("out", None), given.pop("seeds", None)
         asked = given.get("data", "shapes")
-        jobs = list_jobs(given, asked, seeds)
+        many = asked in data.GROUPS or seeds is not None
         if out is None:
             name = asked if asked in data.GROUPS else data.find(asked).name
             out = default_out(f"{name.replace('/', '-')}-{given.get('method', 'sa2vp')}", taken=resume)
         out, holds = from_first_process((out, holds_run(out)))
         if holds and not resume:
             raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
-        if asked in data.GROUPS or seeds:
-            run_all(jobs, out, **place)
+        if many:
+            run_all(list_jobs(given, asked, seeds), out, **place)
         else:
-            (settings,) = jobs.values()
-            run(resumed_settings(out, settings, given) if resume else settings, out, **place)
+            run(resumed_settings(out, given) if resume else settle(given), out, **place)
     except KeyboardInterrupt:
         if out and holds_run(out):
             argv += [flag for flag in ("--resume",) if flag not in argv]
             argv += [] if any(flag.startswith("--out") for flag in argv) else ["--out", str(out)]
         print(f"\ninterrupted; to go on: python train.py {shlex.join(argv)}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except BAD_INPUT as error:
         print(f"train.py: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -101,7 +103,11 @@ def fit(settings, out, root, workers, device, compiled):
     resumed after any whole epoch ends with the numbers of one that never was.
     """
     row = data.find(settings["data"])
+    if rank() > 0:  # the first process downloads, if need be
+        dist.barrier()
     splits = data.load(row, root, settings["seed"], settings.get("tune", False))
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
     if not row.vtab and not (splits.val and splits.test):
         raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
     if len(splits.train) < settings["batch_size"]:
@@ -112,8 +118,8 @@ def fit(settings, out, root, workers, device, compiled):
     model.to(device)
     network = torch.compile(model, dynamic=False) if compiled else model  # the same parameters, run faster
     optimizer = make_optimizer(model, settings["weight_decay"])
-    train = batches(splits.train, row, meta, workers, shuffle_seed=settings["seed"])
-    val = batches(splits.val, row, meta, workers)
+    train = loader_for(splits.train, row, meta, workers, shuffle_seed=settings["seed"])
+    val = loader_for(splits.val, row, meta, workers)
 
     say(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
         f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
@@ -121,7 +127,7 @@ def fit(settings, out, root, workers, device, compiled):
         f"to {out}")  # fmt: skip
 
     history = []  # a row per epoch
-    if (out / "last.pt").exists():
+    if from_first_process((out / "last.pt").exists()):
         last = sa2vp.read_checkpoint(out / "last.pt")
         if last["fingerprint"] != meta["fingerprint"]:
             raise ValueError(f"{out} was begun on another backbone than {meta['weights']} holds now")
@@ -134,7 +140,7 @@ def fit(settings, out, root, workers, device, compiled):
     shared = DistributedDataParallel(network) if dist.is_initialized() else network  # averages the gradients
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
-        torch.manual_seed(settings["seed"] + epoch + 1_000_003 * rank())  # dropout
+        seed_dropout(settings["seed"], epoch, rank())
         train.sampler.epoch = epoch
         loss, lr, speed, waited = train_epoch(shared, train, optimizer, settings, epoch, device)
         val_accuracy, val_prompt_accuracy = evaluate(network, val, device, fill=compiled)
@@ -159,7 +165,8 @@ def fit(settings, out, root, workers, device, compiled):
     best = chosen(history)
     sa2vp.load_trained(model, sa2vp.read_checkpoint(out / "best.pt")["trained"])
     if not (out / "result.json").exists():
-        accuracy, prompt_accuracy = evaluate(network, batches(splits.test, row, meta, workers), device, fill=compiled)
+        test = loader_for(splits.test, row, meta, workers)
+        accuracy, prompt_accuracy = evaluate(network, test, device, fill=compiled)
         result = {
             "method": settings["method"],
             "data": row.name,
@@ -179,15 +186,15 @@ def fit(settings, out, root, workers, device, compiled):
     return model
 
 
-def train_epoch(model, batches, optimizer, settings, epoch, device):
+def train_epoch(model, loader, optimizer, settings, epoch, device):
     """One pass over the training data: (mean loss, last learning rate, images per second, share of time waiting)."""
-    warmup_steps, total_steps = settings["warmup_epochs"] * len(batches), settings["epochs"] * len(batches)
+    warmup_steps, total_steps = settings["warmup_epochs"] * len(loader), settings["epochs"] * len(loader)
     model.train()
     losses, waited, start = [], 0.0, time.perf_counter()
     hidden = None if rank() == 0 else True  # None: shown on a terminal
-    bar = tqdm(batches, f"epoch {epoch + 1}/{settings['epochs']}", unit="batch", leave=False, disable=hidden)
+    bar = tqdm(loader, f"epoch {epoch + 1}/{settings['epochs']}", unit="batch", leave=False, disable=hidden)
     asked = time.perf_counter()
-    for step, (images, labels) in enumerate(bar, start=epoch * len(batches)):
+    for step, (images, labels) in enumerate(bar, start=epoch * len(loader)):
         waited += time.perf_counter() - asked
         lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
         for group in optimizer.param_groups:
@@ -199,7 +206,7 @@ def train_epoch(model, batches, optimizer, settings, epoch, device):
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-        if step % 10 == 0 or len(losses) == len(batches):  # reading the loss makes a GPU wait: not in every step
+        if step % 10 == 0 or len(losses) == len(loader):  # reading the loss makes a GPU wait: not in every step
             if not math.isfinite(loss.item()):
                 raise ValueError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
             seconds = time.perf_counter() - start
@@ -228,24 +235,24 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
 
 
 @torch.inference_mode()
-def evaluate(model, batches, device, fill=False):
+def evaluate(model, loader, device, fill=False):
     """Accuracy in percent of each pathway, (base, prompt); None for one that the method has not, or for no pictures.
 
     `fill` fills the last batch up, because a compiled model is compiled for one size.
     """
-    if not len(batches.dataset):
+    if not len(loader.dataset):
         return None, None
     model.eval()
     correct, logits = torch.zeros(2, dtype=torch.long, device=device), ()
-    for images, labels in batches:
+    for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if fill:
-            images = F.pad(images, (0, 0) * 3 + (0, batches.batch_size - len(labels)))
+            images = F.pad(images, (0, 0) * 3 + (0, loader.batch_size - len(labels)))
         with autocast(device):
             logits = model(images)
         for pathway, scores in enumerate(logits):
             correct[pathway] += (scores[: len(labels)].argmax(dim=1) == labels).sum()
-    base, prompt = (100 * n / len(batches.dataset) for n in summed(correct).tolist())
+    base, prompt = (100 * n / len(loader.dataset) for n in summed(correct).tolist())
     return base, prompt if len(logits) == 2 else None
 
 
@@ -269,7 +276,7 @@ def summed(tensor):
 
 def say(text=""):
     if rank() == 0:
-        print(text)
+        print(text, flush=True)
 
 
 def from_first_process(content):
@@ -278,6 +285,10 @@ def from_first_process(content):
     if dist.is_initialized():
         dist.broadcast_object_list(contents)
     return contents[0]
+
+
+def seed_dropout(*key):
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def autocast(device):
@@ -326,7 +337,9 @@ def run_all(jobs, out, **place):
             run(settings, out / folder, **place)
             result = json.loads((out / folder / "result.json").read_text())
             results.setdefault(result["data"], []).append(result)
-        except (ValueError, OSError) as error:
+        except BAD_INPUT as error:
+            if dist.is_initialized():  # the other processes are still in there
+                raise
             failures[folder] = sentence(error)
     for folder, failure in failures.items():
         print(f"train.py: {folder} could not run: {failure}", file=sys.stderr)
@@ -344,6 +357,7 @@ def summary(results, names):
     """
     names = list(dict.fromkeys(names))
     seeds = max(map(len, results.values()))
+    tuned = any(run["accuracy"] is None for runs in results.values() for run in runs)
     scores, rows = {}, []
 
     def add(name, values, trainable=None):
@@ -352,7 +366,7 @@ def summary(results, names):
             "data": name,
             "accuracy": statistics.mean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,
-            "published": data.PUBLISHED.get(name),
+            "published": None if tuned else data.PUBLISHED.get(name),
             "trainable": trainable,
         })  # fmt: skip
 
@@ -451,7 +465,8 @@ def build(settings, row, classes):
         vit = VisionTransformer(**SMALL_VIT)
         vit.mean, vit.std = IMAGENET_MEAN, IMAGENET_STD
     else:
-        vit = load_vit(weights, image_size, heads=SMALL_VIT["heads"] if row.drawn else None)
+        own = Path(weights).match(str(SMALL_VIT_FILE))  # whose number of heads its file does not tell
+        vit = load_vit(weights, image_size, heads=SMALL_VIT["heads"] if own else None)
     meta = dict(
         method=settings["method"],
         options={name: settings[name] for name in SA2VP_SETTINGS if name in settings},
@@ -476,38 +491,38 @@ def pretrain_small_vit(**place):
         say()
 
 
-def batches(samples, row, meta, workers, shuffle_seed=None):
+def loader_for(samples, row, meta, workers, shuffle_seed=None):
     """The samples as the model takes them, in batches; shuffled and augmented if there is a `shuffle_seed`."""
-    training = shuffle_seed is not None
-    show = data.transform(row.crop, training, meta["image_size"], meta["mean"], meta["std"])
+    show = data.transform(row.crop, shuffle_seed is not None, meta["image_size"], meta["mean"], meta["std"])
     if workers is None:
         workers = 0 if row.drawn else min(8, max(1, os.cpu_count() // world_size()))
     batch_size, share = meta["settings"]["batch_size"], (rank(), world_size())
-    return data.batches(samples, show, batch_size, workers, shuffle_seed, share)
+    return data.make_loader(samples, show, batch_size, workers, shuffle_seed, share)
 
 
 def default_out(name, taken=False):
     """runs/<name>, with the next free number; or, of those, the last that is `taken`."""
-    for number in itertools.count(1):
-        out = Path("runs", name if number == 1 else f"{name}-{number}")
-        if not out.exists():
-            return last if taken and number > 1 else out
-        last = out
+    last = free = Path("runs", name)
+    for number in itertools.count(2):
+        if not free.exists():
+            return last if taken else free
+        last, free = free, Path("runs", f"{name}-{number}")
 
 
 def holds_run(out):
     return any(out.rglob("last.pt"))
 
 
-def resumed_settings(out, settings, given):
+def resumed_settings(out, given):
     """The settings of the run in `out`; ValueError if one that is given now is another."""
     if not (out / "last.pt").exists():
         raise ValueError(f"{out} holds no run to resume: it has no last.pt")
-    stored = sa2vp.read_checkpoint(out / "last.pt")["settings"]
+    own = sa2vp.read_checkpoint(out / "last.pt")["settings"]
+    now = settle({name: own[name] for name in ("data", "method", "epochs")} | given)
     for name in given:
-        if settings[name] != stored.get(name):
-            raise ValueError(f"{out} was run with {name} {stored.get(name)}, not {settings[name]}: leave it out")
-    return stored
+        if now[name] != own.get(name):
+            raise ValueError(f"{out} was run with {name} {own.get(name)}, not {now[name]}: leave it out")
+    return own
 
 
 def evaluate_checkpoint(path, given, root, workers, device, compiled):
@@ -520,14 +535,15 @@ def evaluate_checkpoint(path, given, root, workers, device, compiled):
     splits = data.load(row, root, meta["settings"]["seed"])
     if splits.classes != meta["classes"]:
         raise ValueError(f"{path} was trained on other classes than {row.name} has")
-    test = batches(splits.test, row, meta, workers)
+    test = loader_for(splits.test, row, meta, workers)
     accuracy, prompt_accuracy = evaluate(network, test, device, fill=compiled)
     say(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
 
 
 def sentence(error):
     """An error from a loader's worker comes with that process's traceback; its last line is what it says."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix(f"{type(error).__name__}: ")
 
 
 # ---------------------------------------------------------------------- what a step costs
@@ -613,6 +629,7 @@ def bench(given, root, workers, device, compiled, rounds=7):
         raise ValueError(f"--{name.replace('_', '-')} has no part in --bench")
     batch_size = given.get("batch_size", 64 if device.type == "cuda" else 8)
     common = (given.get("weights"), batch_size, device, compiled)
+    vit = load_vit(given["weights"]) if "weights" in given else VisionTransformer()  # says so if it cannot be read
     peaks = {}
     for name in BENCH_ROWS:
         if device.type == "cuda":
@@ -622,8 +639,9 @@ def bench(given, root, workers, device, compiled, rounds=7):
             receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
             process = multiprocessing.get_context("spawn").Process(target=bench_memory, args=(send.send, name, *common))
             process.start()
-            process.join()
+            send.close()  # so that a child that dies ends the waiting
             peaks[name] = receive.recv()
+            process.join()
 
     times = {name: [] for name in BENCH_ROWS}
     steps = {name: bench_step(name, *common) for name in BENCH_ROWS}
@@ -637,8 +655,9 @@ def bench(given, root, workers, device, compiled, rounds=7):
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
 
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    say(f"ViT-B/16 at 224, batch {batch_size}, {kind}, {'bfloat16' if device.type == 'cuda' else 'float32'}"
-        f"{', compiled' if compiled else ''}, PyTorch {torch.__version__}; medians of {rounds} rounds")  # fmt: skip
+    precision = ("bfloat16" if device.type == "cuda" else "float32") + (", compiled" if compiled else "")
+    say(f"ViT of width {vit.dim} and {len(vit.blocks)} layers at {vit.image_size[0]}, batch {batch_size}, {kind}, "
+        f"{precision}, PyTorch {torch.__version__}; medians of {rounds} rounds")  # fmt: skip
     rows = []
     for name in BENCH_ROWS:
         first = next(row for row in BENCH_ROWS if row.split(":")[0] == name.split(":")[0])
@@ -714,22 +733,15 @@ def number(kind, what, fits):
     return parse
 
 
-def layers(text):
-    if not re.fullmatch(r"none|\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of layers such as 0,4,8, or none")
-    return () if text == "none" else tuple(map(int, text.split(",")))
+def written(pattern, what, read):
+    """A type for argparse: a text of that pattern, and how it is `read`."""
 
+    def parse(text):
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return read(text)
 
-def grid(text):
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text} is not a height and width in tokens such as 7x7")
-    return tuple(map(int, text.split("x")))
-
-
-def window(text):
-    if text != "none" and not (text.isdigit() and int(text) % 2):
-        raise argparse.ArgumentTypeError(f"{text} is not an odd number of cells such as 3, or none")
-    return None if text == "none" else int(text)
+    return parse
 
 
 def command_line():
@@ -738,6 +750,16 @@ def command_line():
     positive = number(float, "a number above 0", lambda x: 0 < x < math.inf)
     weight = number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
     share = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
+    layers = written(
+        r"none|\d+(,\d+)*", "a list of layers such as 0,4,8, or none",
+        lambda text: () if text == "none" else tuple(map(int, text.split(","))),
+    )  # fmt: skip
+    grid = written(
+        r"[1-9]\d*x[1-9]\d*", "a height and width such as 7x7", lambda text: tuple(map(int, text.split("x")))
+    )
+    window = written(
+        r"none|\d*[13579]", "an odd number such as 3, or none", lambda text: None if text == "none" else int(text)
+    )
 
     # Settings that are not given stay away, so that the data set's row and the recipe can fill them in.
     line = CommandLine(
@@ -785,9 +807,12 @@ def choose_device(gpu, cpu):
         if gpu is not None:
             raise ValueError("torchrun gives every process its own GPU: leave out --gpu")
         gpu = int(os.environ["LOCAL_RANK"]) if gpus else None
-        dist.init_process_group("nccl" if gpus else "gloo")
     if gpu is not None and gpu >= gpus:
         raise ValueError(f"there is no GPU {gpu}: PyTorch sees {gpus}; leave out --gpu, or take --cpu")
+    if gpus:
+        torch.cuda.set_device(gpu or 0)
+    if "LOCAL_RANK" in os.environ:
+        dist.init_process_group("nccl" if gpus else "gloo")
     if gpus:
         return torch.device("cuda", gpu or 0)
     return torch.device("mps" if torch.backends.mps.is_available() and not cpu else "cpu")

@@ -35,11 +35,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x, queries=None):
-        """(B, T, d) -> q, k, v, each (B, heads, T, d / heads); q just of the first `queries` tokens, if given."""
+    def project(self, x, keep=None):
+        """(B, T, d) -> q, k, v, each (B, heads, T, d / heads); q just of the first `keep` tokens, if given."""
         dim = x.size(-1)
         (wq, wkv), (bq, bkv) = (tensor.split((dim, 2 * dim)) for tensor in (self.qkv.weight, self.qkv.bias))
-        q, kv = F.linear(x[:, :queries], wq, bq), F.linear(x, wkv, bkv)
+        q, kv = F.linear(x[:, :keep], wq, bq), F.linear(x, wkv, bkv)
         return [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1))]
 
     def attend(self, q, k, v, mask=None):
@@ -75,17 +75,20 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden, dropout)
 
-    def qkv(self, x, queries=None):
-        """What the layer's attention works on: (B, T, d) -> q, k, v, each (B, heads, T, d / heads)."""
-        return self.attn.project(self.norm1(x), queries)
+    def qkv(self, x, keep=None):
+        """What the layer's attention works on: (B, T, d) -> q, k, v, each (B, heads, T, d / heads).
 
-    def transform(self, x, q, k, v):
-        """The rest of the layer, given `qkv(x)`. x and q may be cut to the tokens one wants to keep."""
+        Whoever wants no more than the first `keep` tokens out of the layer needs no other queries.
+        """
+        return self.attn.project(self.norm1(x), keep)
+
+    def finish(self, x, q, k, v):
+        """The rest of the layer, given `qkv`; x and q hold the tokens that are kept."""
         x = x + self.attn.attend(q, k, v)
         return x + self.mlp(self.norm2(x))
 
     def forward(self, x):
-        return self.transform(x, *self.qkv(x))
+        return self.finish(x, *self.qkv(x))
 
 
 class PatchEmbed(nn.Module):
@@ -179,7 +182,8 @@ def load_vit(path, image_size=224, heads=None, mean=None, std=None):
     path        Google's .npz; a .pth or .pt with the names of timm, DeiT and MAE, or of torchvision;
                 or the name "imagenet21k", which is downloaded once (the paper's ViT-B/16)
     image_size  pixels; position embeddings are interpolated where the grid differs
-    heads       where the file does not tell (only .npz does): this, or else width / 64
+    heads       where the file does not tell (only .npz does): this, or else width / 64, which is wrong
+                for some, ViT-H among them (16 heads of 80)
     mean, std   per RGB channel; by default 0.5 for .npz, ImageNet's for the others
 
     No pickled code is executed. Raises ValueError, naming the tensor, if one is missing, left over
@@ -240,6 +244,8 @@ def check_exactly(expected, tensors):
 
 def read_torch(path):
     """The state dict in a .pth or .pt file, bare or under "model" or "state_dict", without executing anything."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         # Training scripts like to put their argparse.Namespace beside the weights: harmless data.
         with torch.serialization.safe_globals([argparse.Namespace]):
