@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import HALF, check_exactly, interpolate_positions, load_vit, read_torch, rename, vit_from_tensors
+from vit import HALF, check_exactly, interpolate_positions, load_vit, read_torch, rename, shape, vit_from_tensors
 
 
 class PromptMap(nn.Module):
@@ -154,12 +154,14 @@ class SA2VP(nn.Module):
         depth, dim = len(vit.blocks), vit.dim
         if distill_layers is None:
             distill_layers = range(0, depth, 4)
+        distill_layers = tuple(distill_layers)
         if fusion_layers is None:
             fusion_layers = [i for i in distill_layers if i != 0]
+        fusion_layers = tuple(fusion_layers)
         if not set(fusion_layers) <= set(distill_layers) <= set(range(depth)):
             raise ValueError(
-                f"fusion layers {list(fusion_layers)} must be among the distillation layers "
-                f"{list(distill_layers)}, and those among 0 to {depth - 1}"
+                f"fusion layers {fusion_layers} must be among the distillation layers {distill_layers}, "
+                f"and those among 0 to {depth - 1}"
             )
         if inner_dim < 1:
             raise ValueError(f"inner dimension {inner_dim} must be at least 1")
@@ -391,22 +393,30 @@ def _from_official(official, scale, heads):
                 if not torch.equal(tensors.pop(f"{copy}.{part}"), tensors[f"{original}.{part}"]):
                     raise ValueError(f"{copy}.{part} is not the copy of layer {i}'s own that it should be")
             qkv = [tensors.pop(f"{block}.attn.{kind}.{part}") for kind in ("query", "key", "value")]
+            if len({tensor.shape for tensor in qkv}) > 1:
+                raise ValueError(f"{block}.attn: query, key and value {part} have different shapes")
             tensors[f"{block}.attn.qkv.{part}"] = torch.cat(qkv)
 
     # New prompt maps are stacked: p_4, p_8 in one tensor, g_4, g_8 in another. Cars has one map, and
     # with it a second projection and gate that nothing uses.
+    maps, *_ = shape(tensors, "deep_ppt", 4)
+    fusion_layers = range(4, depth, 4)[:maps]
+    if len(fusion_layers) < maps or shape(tensors, "cross_conv", 2)[0] not in (maps, 2):
+        raise ValueError(f"deep_ppt and cross_conv do not fit each other, or {depth} layers")
     new_maps, gates = tensors.pop("deep_ppt"), tensors.pop("cross_conv")
-    fusion_layers = range(4, depth, 4)[: len(new_maps)]
     for j, i in enumerate(fusion_layers):
         fusion = f"interactions.{i}.fusion"
         tensors[f"{fusion}.prompt_map.tokens"], tensors[f"{fusion}.gate"] = new_maps[j], gates[j]
         for part in ("weight", "bias"):
             tensors[f"{fusion}.prompt_map.proj.{part}"] = tensors.pop(f"deep_proj.{j}.{part}")
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("deep_proj.1.")}
+    if maps == 1:
+        for part in ("weight", "bias"):
+            tensors.pop(f"deep_proj.1.{part}", None)
 
     vit_tensors = {name.removeprefix("vit."): tensors.pop(name) for name in list(tensors) if name.startswith("vit.")}
     vit = vit_from_tensors(vit_tensors, heads=heads, mean=HALF, std=HALF)
-    num_classes, inner_dim = len(tensors["head.weight"]), tensors["prompt_map.tokens"].size(-1)
+    num_classes, _ = shape(tensors, "head.weight", 2)
+    _, _, inner_dim = shape(tensors, "prompt_map.tokens", 3)
     model = SA2VP(vit, num_classes, inner_dim, scale, fusion_layers=fusion_layers)
     load_trained(model, tensors)
     return model

@@ -181,6 +181,8 @@ def test_position_embeddings_are_interpolated_to_another_grid(tmp_path):
         (lambda state: state.pop("patch_embed.proj.weight"), "patch_embed.proj.weight"),
         (lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(16)}), "blocks.0.ls1.gamma"),
         (lambda state: state.update({"norm.bias": torch.ones(3)}), "norm.bias"),
+        (lambda state: state.update({"patch_embed.proj.weight": torch.ones(16, 3, 2, 16, 16)}), "patch_embed.proj"),
+        (lambda state: state.update({"pos_embed": torch.ones(5)}), "pos_embed"),
     ],
 )
 def test_a_missing_left_over_or_misshapen_tensor_is_named(tmp_path, change, named):
@@ -195,6 +197,15 @@ def test_a_width_that_is_no_multiple_of_64_asks_for_the_heads(tmp_path):
     torch.save(small_vit().state_dict(), tmp_path / "vit.pth")
     with pytest.raises(ValueError, match="number of heads"):
         vit.load_vit(tmp_path / "vit.pth", image_size=32)
+
+
+def test_a_fingerprint_tells_backbones_apart_by_any_tensor():
+    backbone = small_vit()
+    seen = {backbone.fingerprint()}
+    for parameter in backbone.parameters():
+        parameter.data += 1e-3
+        seen.add(backbone.fingerprint())
+    assert len(seen) == 1 + len(list(backbone.parameters()))
 
 
 class Bomb:
@@ -341,6 +352,8 @@ def test_an_official_checkpoint_with_one_new_prompt_map_has_fusion_in_layer_4_al
     [
         ("vit_base.transformer.encoder.cross_attn.1.attn.to_q.weight", torch.zeros(64, 64)),  # no copy any more
         ("vit_base.transformer.encoder.deep_ppt", torch.zeros(2, 1, 6, 8)),
+        ("vit_base.transformer.encoder.deep_ppt", torch.zeros(3, 1, 5, 8)),
+        ("vit_base.transformer.encoder.cross_conv", torch.zeros(3, 64)),
         ("vit_base.transformer.surplus", torch.zeros(1)),
         ("class_head.weight", None),
     ],
@@ -348,8 +361,8 @@ def test_an_official_checkpoint_with_one_new_prompt_map_has_fusion_in_layer_4_al
 def test_an_official_checkpoint_that_is_amiss_is_refused_by_name(tmp_path, name, value):
     state = official_checkpoint(dim=64, depth=12, tokens=5, inner=8, classes=3, patch=4) | {name: value}
     torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "official.pth")
-    hint = "fusion.prompt_map.tokens" if "deep_ppt" in name else name.split("encoder.")[-1].split("transformer.")[-1]
-    hint = hint.replace("class_head", "head")
+    hint = name.split("encoder.")[-1].split("transformer.")[-1].replace("class_head", "head")
+    hint = f"fusion.prompt_map.tokens|{hint}"  # deep_ppt is taken apart into these
     with pytest.raises(ValueError, match=hint):
         sa2vp.load_official(tmp_path / "official.pth")
 
@@ -787,6 +800,17 @@ def test_a_json_split_without_class_folders_names_its_classes_by_number(tmp_path
     assert data.load(data.find("flowers"), tmp_path, seed=0).classes[:2] == ["class 0", "class 1"]
 
 
+def test_an_incomplete_json_split_or_a_damaged_list_is_refused(tmp_path):
+    folder = make_birds(tmp_path / "CUB_200_2011", 1)
+    (folder / "train.json").write_text("{}")
+    with pytest.raises(data.DataError, match="val.json"):
+        data.load(data.find("cub"), tmp_path, seed=0)
+    (folder / "train.json").unlink()
+    (folder / "image_class_labels.txt").write_text("1 1")
+    with pytest.raises(data.DataError, match="lists of cub cannot be read"):
+        data.load(data.find("cub"), tmp_path, seed=0)
+
+
 @pytest.mark.parametrize("name", [name for name, (_, _, scipy) in LAYOUTS.items() if scipy])
 def test_where_scipy_is_needed_and_absent_the_error_says_so(tmp_path, monkeypatch, no_checksums, name):
     LAYOUTS[name][0](tmp_path)
@@ -850,6 +874,15 @@ def test_vtab_is_tuned_on_train800_and_val200_without_a_look_at_the_test_data(ru
     assert "--tune" in refusal(capsys, ["--data", "cub", "--tune", "--cpu"])
 
 
+def test_a_run_remembers_where_its_data_was(run, tmp_path, capsys):
+    make_birds(tmp_path / "elsewhere" / "CUB_200_2011", 1)
+    out = run("--data", "cub", "--root", tmp_path / "elsewhere", epochs=1)
+    capsys.readouterr()
+    for command in (["--eval", str(out / "best.pt"), "--cpu"], ["--resume", "--out", str(out), "--cpu"]):
+        train.main(command)
+        assert "test" in capsys.readouterr().out
+
+
 def test_vtab_reports_the_last_epoch(run, tmp_path):
     make_vtab(tmp_path / "root")
     out = run("--data", "vtab/clevr_count", "--root", tmp_path / "root")
@@ -868,7 +901,7 @@ def small_group(root, monkeypatch):
         LAYOUTS[name][0](root)
     make_vtab(root, "dsprites_loc")
     monkeypatch.setitem(data.GROUPS, "trio", ["cub", "vtab/dsprites_loc", "nabirds"])
-    monkeypatch.setitem(data.PUBLISHED, "trio", 90.0)
+    monkeypatch.setitem(data.PUBLISHED["sa2vp"], "trio", 90.0)
 
 
 def test_a_group_killed_and_resumed_ends_with_the_table_of_one_that_was_not(run, tmp_path, monkeypatch, capsys):
@@ -988,6 +1021,11 @@ def test_pictures_of_every_kind_become_rgb(tmp_path, mode, suffix):
     picture = data.open_picture(path)
     assert picture.mode == "RGB" and picture.size == (9, 7)
     assert abs(picture.getpixel((4, 3))[0] - 200) < 6
+
+
+def test_a_picture_of_16_bits_keeps_its_brightness(tmp_path):
+    Image.fromarray(np.full((7, 9), 30_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert data.open_picture(tmp_path / "deep.png").getpixel((4, 3)) == (116, 116, 116)
 
 
 def test_a_picture_that_the_camera_turned_stands_upright(tmp_path):
@@ -1110,6 +1148,16 @@ def test_a_resumed_run_refuses_other_settings_than_its_own(run, capsys):
     same(before, outcome(out))
 
 
+def test_what_is_left_of_a_run_is_never_taken_for_another(run, capsys):
+    out = run(epochs=1)
+    (out / "last.pt").unlink()
+    command = ["--method", "linear", "--out", out, "--cpu"]
+    assert "already holds a run" in refusal(capsys, command)
+    assert "no run to resume" in refusal(capsys, [*command, "--resume"])
+    (out / "last.pt").write_bytes((out / "best.pt").read_bytes())
+    assert "not what a run goes on from" in refusal(capsys, [*command, "--resume"])
+
+
 def test_a_folder_that_holds_a_run_is_refused_and_default_folders_are_numbered(run, capsys, files):
     out = run()
     before = outcome(out)
@@ -1200,7 +1248,8 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
     monkeypatch.chdir(tmp_path)
     few = {"shapes": (data.where_is_blue, data.DIRECTIONS), "shapes-source": (data.what_and_which_colour, data.KINDS)}
     for name, (task, classes) in few.items():
-        row = data.DataSet(name, 8, data.drawn(task, classes, 64, 16, 16), "drawn", image_size=data.SIDE, drawn=True)
+        show = dict(image_size=data.SIDE, drawn=True)
+        row = data.DataSet(name, len(classes), data.drawn(task, classes, 64, 16, 16), "drawn", **show)
         monkeypatch.setitem(data.TABLE, name, row)
     monkeypatch.setitem(train.PRETRAINING, "epochs", 2)
     with monkeypatch.context() as patch:

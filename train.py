@@ -17,6 +17,7 @@ import shlex
 import statistics
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def main(argv=None):
         if given.pop("list", False):
             return print_rows()
         place = dict(
-            root=Path(given.pop("root", "data")),
+            root=given.pop("root", None),
             workers=given.pop("workers", None),
             device=choose_device(given.pop("gpu", None), given.pop("cpu", False)),
             compiled=given.pop("compile", False),
@@ -78,7 +79,11 @@ def main(argv=None):
         if many:
             run_all(list_jobs(given, asked, seeds), out, **place)
         else:
-            run(resumed_settings(out, given) if resume else settle(given), out, **place)
+            if resume:
+                settings, place["root"] = resumed_run(out, given, place["root"])
+            else:
+                settings = settle(given)
+            run(settings, out, **place)
     except KeyboardInterrupt:
         if out and holds_run(out):
             argv += [flag for flag in ("--resume",) if flag not in argv]
@@ -102,7 +107,7 @@ def fit(settings, out, root, workers, device, compiled):
     Everything random in an epoch follows from (seed, epoch), so that a run that is interrupted and
     resumed after any whole epoch ends with the numbers of one that never was.
     """
-    row = data.find(settings["data"])
+    row, root = data.find(settings["data"]), Path(root or "data")
     if rank() > 0:  # the first process downloads, if need be
         dist.barrier()
     splits = data.load(row, root, settings["seed"], settings.get("tune", False))
@@ -115,6 +120,7 @@ def fit(settings, out, root, workers, device, compiled):
     if settings["batch_size"] % world_size():
         raise ValueError(f"{world_size()} processes cannot share a batch of {settings['batch_size']} evenly")
     model, meta = build(settings, row, splits.classes)
+    meta["root"] = str(root.resolve())
     model.to(device)
     network = torch.compile(model, dynamic=False) if compiled else model  # the same parameters, run faster
     optimizer = make_optimizer(model, settings["weight_decay"])
@@ -135,6 +141,7 @@ def fit(settings, out, root, workers, device, compiled):
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
     else:
+        (out / "result.json").unlink(missing_ok=True)
         save_checkpoint(out / "last.pt", model, meta, optimizer=optimizer.state_dict(), history=history)
 
     shared = DistributedDataParallel(network) if dist.is_initialized() else network  # averages the gradients
@@ -164,7 +171,7 @@ def fit(settings, out, root, workers, device, compiled):
     # The test data is used here, once, with the epoch that validation chose.
     best = chosen(history)
     sa2vp.load_trained(model, sa2vp.read_checkpoint(out / "best.pt")["trained"])
-    if not (out / "result.json").exists():
+    if not from_first_process((out / "result.json").exists()):
         test = loader_for(splits.test, row, meta, workers)
         accuracy, prompt_accuracy = evaluate(network, test, device, fill=compiled)
         result = {
@@ -357,7 +364,8 @@ def summary(results, names):
     """
     names = list(dict.fromkeys(names))
     seeds = max(map(len, results.values()))
-    tuned = any(run["accuracy"] is None for runs in results.values() for run in runs)
+    first = next(iter(results.values()))[0]
+    published = {} if first["accuracy"] is None else data.PUBLISHED[first["method"]]
     scores, rows = {}, []
 
     def add(name, values, trainable=None):
@@ -366,7 +374,7 @@ def summary(results, names):
             "data": name,
             "accuracy": statistics.mean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,
-            "published": None if tuned else data.PUBLISHED.get(name),
+            "published": published.get(name),
             "trainable": trainable,
         })  # fmt: skip
 
@@ -437,7 +445,8 @@ def settle(given):
         raise ValueError(f"--tune is for VTAB-1k: {row.name} has validation pictures of its own")
     if method == "sa2vp":
         settings |= dict(inner_dim=row.inner_dim, scale=row.scale, dropout=row.dropout, window=3)
-        settings |= dict(prompt_grid=None, distill_layers=None, fusion_layers=row.fusion_layers)
+        settings |= dict(prompt_grid=None, distill_layers=None)
+        settings["fusion_layers"] = None if "distill_layers" in given else row.fusion_layers
     for name in given:
         if name not in settings:
             raise ValueError(f"--{name.replace('_', '-')} is a setting of --method sa2vp, not of {method}")
@@ -476,6 +485,7 @@ def build(settings, row, classes):
         fingerprint=vit.fingerprint(),
         heads=vit.blocks[0].attn.heads,
         image_size=image_size,
+        crop=row.crop,
         mean=vit.mean,
         std=vit.std,
     )
@@ -496,7 +506,7 @@ def loader_for(samples, row, meta, workers, shuffle_seed=None):
     show = data.transform(row.crop, shuffle_seed is not None, meta["image_size"], meta["mean"], meta["std"])
     if workers is None:
         workers = 0 if row.drawn else min(8, max(1, os.cpu_count() // world_size()))
-    batch_size, share = meta["settings"]["batch_size"], (rank(), world_size())
+    batch_size, share = max(meta["settings"]["batch_size"], world_size()), (rank(), world_size())
     return data.make_loader(samples, show, batch_size, workers, shuffle_seed, share)
 
 
@@ -510,19 +520,22 @@ def default_out(name, taken=False):
 
 
 def holds_run(out):
-    return any(out.rglob("last.pt"))
+    return any(any(out.rglob(name)) for name in ("last.pt", "best.pt", "result.json"))
 
 
-def resumed_settings(out, given):
-    """The settings of the run in `out`; ValueError if one that is given now is another."""
+def resumed_run(out, given, root):
+    """The settings and the root of the run in `out`; ValueError if a setting that is given now is another."""
     if not (out / "last.pt").exists():
-        raise ValueError(f"{out} holds no run to resume: it has no last.pt")
-    own = sa2vp.read_checkpoint(out / "last.pt")["settings"]
+        raise ValueError(f"{out} holds no run to resume (a group is resumed with its --data and --seeds)")
+    last = sa2vp.read_checkpoint(out / "last.pt")
+    if not {"optimizer", "history"} <= last.keys():
+        raise ValueError(f"{out / 'last.pt'} is not what a run goes on from")
+    own = last["settings"]
     now = settle({name: own[name] for name in ("data", "method", "epochs")} | given)
     for name in given:
         if now[name] != own.get(name):
             raise ValueError(f"{out} was run with {name} {own.get(name)}, not {now[name]}: leave it out")
-    return own
+    return own, root or last["root"]
 
 
 def evaluate_checkpoint(path, given, root, workers, device, compiled):
@@ -532,7 +545,9 @@ def evaluate_checkpoint(path, given, root, workers, device, compiled):
     model, meta = sa2vp.load(path, given.get("weights"))
     network = torch.compile(model.to(device), dynamic=False) if compiled else model.to(device)
     row = data.find(given.get("data", meta["settings"]["data"]))
-    splits = data.load(row, root, meta["settings"]["seed"])
+    splits = data.load(row, root or meta["root"], meta["settings"]["seed"])
+    if not splits.test:
+        raise ValueError(f"{row.name} has no test pictures")
     if splits.classes != meta["classes"]:
         raise ValueError(f"{path} was trained on other classes than {row.name} has")
     test = loader_for(splits.test, row, meta, workers)
@@ -745,20 +760,20 @@ def written(pattern, what, read):
 
 
 def command_line():
-    count = number(int, "a whole number of at least 1", lambda n: n >= 1)
-    natural = number(int, "a whole number of at least 0", lambda n: n >= 0)
+    count = number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10_000)
+    natural = number(int, "a whole number from 0 to 4294967295", lambda n: 0 <= n < 2**32)
     positive = number(float, "a number above 0", lambda x: 0 < x < math.inf)
     weight = number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
     share = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
     layers = written(
-        r"none|\d+(,\d+)*", "a list of layers such as 0,4,8, or none",
+        r"none|\d{1,4}(,\d{1,4})*", "a list of layers such as 0,4,8, or none",
         lambda text: () if text == "none" else tuple(map(int, text.split(","))),
     )  # fmt: skip
     grid = written(
-        r"[1-9]\d*x[1-9]\d*", "a height and width such as 7x7", lambda text: tuple(map(int, text.split("x")))
+        r"[1-9]\d?x[1-9]\d?", "a height and width such as 7x7", lambda text: tuple(map(int, text.split("x")))
     )
     window = written(
-        r"none|\d*[13579]", "an odd number such as 3, or none", lambda text: None if text == "none" else int(text)
+        r"none|\d{0,3}[13579]", "an odd number such as 3, or none", lambda text: None if text == "none" else int(text)
     )
 
     # Settings that are not given stay away, so that the data set's row and the recipe can fill them in.
@@ -769,7 +784,7 @@ def command_line():
     groups = ", ".join(data.GROUPS)
     add("--data", metavar="NAME|PATH", help=f"a name from --list, a group ({groups}), or a folder; default shapes")
     add("--list", action="store_true", help="print the data sets and their settings")
-    add("--root", metavar="PATH", help="where data sets are kept; default data")
+    add("--root", metavar="PATH", type=Path, help="where data sets are kept; default data")
     add("--weights", metavar="imagenet21k|PATH", help="the backbone's; default imagenet21k, for shapes its own")
     device = line.add_mutually_exclusive_group()
     device.add_argument("--gpu", type=natural, metavar="N", help="this GPU; default the best device there is")
@@ -812,7 +827,8 @@ def choose_device(gpu, cpu):
     if gpus:
         torch.cuda.set_device(gpu or 0)
     if "LOCAL_RANK" in os.environ:
-        dist.init_process_group("nccl" if gpus else "gloo")
+        # The others wait while the first process downloads: longer than the default ten minutes.
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=12))
     if gpus:
         return torch.device("cuda", gpu or 0)
     return torch.device("mps" if torch.backends.mps.is_available() and not cpu else "cpu")

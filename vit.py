@@ -156,13 +156,15 @@ class VisionTransformer(nn.Module):
     def fingerprint(self):
         """SHA-256 of the weights, to tell one backbone from another.
 
-        Position embeddings are left out: interpolated, they may differ in the last bit elsewhere.
+        Of the position embeddings just the class token's: the others may have been interpolated, and
+        then differ in the last bit on another machine.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
-            if name != "pos_embed":
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().numpy())
+            if name == "pos_embed":
+                tensor = tensor[:, :1]
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy())
         return digest.hexdigest()
 
 
@@ -181,7 +183,8 @@ def load_vit(path, image_size=224, heads=None, mean=None, std=None):
 
     path        Google's .npz; a .pth or .pt with the names of timm, DeiT and MAE, or of torchvision;
                 or the name "imagenet21k", which is downloaded once (the paper's ViT-B/16)
-    image_size  pixels; position embeddings are interpolated where the grid differs
+    image_size  pixels; position embeddings are interpolated where the grid differs (a square number of
+                them is taken for a square grid)
     heads       where the file does not tell (only .npz does): this, or else width / 64, which is wrong
                 for some, ViT-H among them (16 heads of 80)
     mean, std   per RGB channel; by default 0.5 for .npz, ImageNet's for the others
@@ -213,17 +216,18 @@ def vit_from_tensors(tensors, image_size=None, heads=None, mean=HALF, std=HALF):
     that tells the sizes is missing, ValueError as `load_vit`.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not NOT_ENCODER.match(name)}
-    dim, _, *patch_size = tensors["patch_embed.proj.weight"].shape
+    dim, _, *patch_size = shape(tensors, "patch_embed.proj.weight", 4)
+    hidden, _ = shape(tensors, "blocks.0.mlp.fc1.weight", 2)
+    _, positions, _ = shape(tensors, "pos_embed", 3)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    mlp_ratio = len(tensors["blocks.0.mlp.fc1.weight"]) / dim
     if heads is None and dim % 64:
         raise ValueError(f"its width {dim} is not a multiple of 64: give the number of heads")
 
-    count = tensors["pos_embed"].size(1) - 1
-    side = math.isqrt(count)
+    count = positions - 1
+    side = math.isqrt(max(0, count))
     if image_size is None:
         image_size = (side * patch_size[0], side * patch_size[1])
-    vit = VisionTransformer(image_size, patch_size, dim, depth, heads or dim // 64, mlp_ratio)
+    vit = VisionTransformer(image_size, patch_size, dim, depth, heads or dim // 64, hidden / dim)
     if side**2 == count:  # a square grid; any other has to fit as it is
         tensors["pos_embed"] = interpolate_positions(tensors["pos_embed"].float(), (side, side), vit.grid)
     check_exactly(vit.state_dict(), tensors)
@@ -242,6 +246,14 @@ def check_exactly(expected, tensors):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
 
 
+def shape(tensors, name, dimensions):
+    """The shape of a tensor that tells sizes; ValueError names it if it has another number of dimensions, or none."""
+    found = tuple(tensors[name].shape)
+    if len(found) != dimensions or 0 in found:
+        raise ValueError(f"{name} has shape {found}, not {dimensions} dimensions")
+    return found
+
+
 def read_torch(path):
     """The state dict in a .pth or .pt file, bare or under "model" or "state_dict", without executing anything."""
     if not Path(path).is_file():
@@ -255,7 +267,8 @@ def read_torch(path):
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(t) for t in content.values()):
+    items = content.items() if isinstance(content, dict) else ()
+    if not items or not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in items):
         raise ValueError("this is no state dict of tensors")
     return content
 
@@ -272,6 +285,7 @@ def read_npz(path):
 def _from_google(arrays):
     """Google's names and layouts -> (tensors by timm's names, number of heads)."""
     take = arrays.pop
+    shape(arrays, "embedding/kernel", 4)
     tensors = {
         "cls_token": take("cls"),
         "pos_embed": take("Transformer/posembed_input/pos_embedding"),
@@ -290,6 +304,8 @@ def _from_google(arrays):
             tensors[f"{ours}.mlp.{our_layer}.weight"] = take(f"{theirs}/MlpBlock_3/{their_layer}/kernel").T
             tensors[f"{ours}.mlp.{our_layer}.bias"] = take(f"{theirs}/MlpBlock_3/{their_layer}/bias")
         attention = f"{theirs}/MultiHeadDotProductAttention_1"
+        for name in ("query", "key", "value", "out"):
+            shape(arrays, f"{attention}/{name}/kernel", 3)
         kernels = [take(f"{attention}/{name}/kernel") for name in ("query", "key", "value")]  # (d, heads, d / heads)
         biases = [take(f"{attention}/{name}/bias") for name in ("query", "key", "value")]
         heads = kernels[0].size(1)
