@@ -69,21 +69,19 @@ def main(argv=None):
 
         resume, out, seeds = given.pop("resume", False), given.pop("out", None), given.pop("seeds", None)
         asked = given.get("data", "shapes")
-        many = asked in data.GROUPS or seeds is not None
         if out is None:
             name = asked if asked in data.GROUPS else data.find(asked).name
             out = default_out(f"{name.replace('/', '-')}-{given.get('method', 'sa2vp')}", taken=resume)
         out, holds = from_first_process((out, holds_run(out)))
         if holds and not resume:
             raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
-        if many:
-            run_all(list_jobs(given, asked, seeds), out, **place)
-        else:
-            if resume:
-                settings, place["root"] = resumed_run(out, given, place["root"])
-            else:
-                settings = settle(given)
+        if asked in data.GROUPS or seeds:
+            run_all(list_jobs(given, asked, seeds or [None]), out, **place)
+        elif resume:
+            settings, place["root"] = resumed_run(out, given, place["root"])
             run(settings, out, **place)
+        else:
+            run(settle(given), out, **place)
     except KeyboardInterrupt:
         if out and holds_run(out):
             argv += [flag for flag in ("--resume",) if flag not in argv]
@@ -263,6 +261,27 @@ def evaluate(model, loader, device, fill=False):
     return base, prompt if len(logits) == 2 else None
 
 
+def seed_dropout(*key):
+    """Seeds PyTorch's generator by several numbers, so that no two keys share a stream."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def autocast(device):
+    """bfloat16 where matrix products are faster in it: on CUDA."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def chosen(history):
+    """The epoch that is kept: the first of highest validation accuracy, base pathway; without validation, the last."""
+    if history[-1]["val_accuracy"] is None:
+        return history[-1]
+    return max(history, key=lambda epoch: epoch["val_accuracy"])
+
+
+def percent(base, prompt):
+    return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
+
+
 # ---------------------------------------------------------------------- several processes (torchrun)
 
 
@@ -294,34 +313,14 @@ def from_first_process(content):
     return contents[0]
 
 
-def seed_dropout(*key):
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
-def autocast(device):
-    """bfloat16 where matrix products are faster in it: on CUDA."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def chosen(history):
-    """The epoch that is kept: the first of highest validation accuracy, base pathway; without validation, the last."""
-    if history[-1]["val_accuracy"] is None:
-        return history[-1]
-    return max(history, key=lambda epoch: epoch["val_accuracy"])
-
-
-def percent(base, prompt):
-    return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
-
-
 # ---------------------------------------------------------------------- several runs
 
 
 def list_jobs(given, asked, seeds):
-    """{folder: settings} of the runs that are asked for: one, or one for each member of a group and each seed."""
+    """{folder: settings} of each run: one for each member of a group and each seed (None: the default one)."""
     jobs = {}
     for member in data.GROUPS.get(asked, [asked]):
-        for seed in seeds or [None]:
+        for seed in seeds:
             settings = settle(given | {"data": member} | ({} if seed is None else {"seed": seed}))
             folder = data.find(member).name.replace("/", "-") + ("" if seed is None else f"-seed{seed}")
             jobs[folder] = settings
@@ -556,9 +555,11 @@ def evaluate_checkpoint(path, given, root, workers, device, compiled):
 
 
 def sentence(error):
-    """An error from a loader's worker comes with that process's traceback; its last line is what it says."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix(f"{type(error).__name__}: ")
+    """What an error says, on one line; from a loader's worker it comes below that process's traceback."""
+    text = str(error).strip() or type(error).__name__
+    if text.startswith("Caught "):
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    return " ".join(text.split())
 
 
 # ---------------------------------------------------------------------- what a step costs
