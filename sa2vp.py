@@ -116,8 +116,9 @@ class BilateralInteraction(nn.Module):
         base, prompt = base[:, :keep], prompt[:, :keep]
 
         next_base = layer.finish(base, qb, kb, vb)
-        if not self.distills:  # Eq. (5)
-            next_base = next_base + self.scale * self.adapter(self.cross_attention(layer, base, qb, kp, vp))
+        if not self.distills:  # Eq. (5); alpha is s
+            message = self.adapter(self.cross_attention(layer, base, qb, kp, vp))
+            next_base = torch.add(next_base, message, alpha=self.scale)
         if predict and self.last:
             return next_base, None
 
@@ -125,7 +126,8 @@ class BilateralInteraction(nn.Module):
         if self.fusion is not None:  # Eq. (7)
             next_prompt = next_prompt + self.fusion(layer)[:, :keep]
         if self.distills:  # Eq. (6)
-            next_prompt = next_prompt + self.scale * self.adapter(self.cross_attention(layer, prompt, qp, kb, vb))
+            message = self.adapter(self.cross_attention(layer, prompt, qp, kb, vb))
+            next_prompt = torch.add(next_prompt, message, alpha=self.scale)
         return next_base, next_prompt
 
 
