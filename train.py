@@ -639,7 +639,8 @@ def bench_memory(report, *row):
 def bench(given, root, workers, device, compiled, rounds=7):
     """--bench: time per image and peak memory of a step, ViT-B/16 at 224, each beside the frozen encoder's.
 
-    The rows take turns, so that a noisy machine is noisy for all of them; the median of the rounds counts.
+    The rows take turns, so that a noisy machine is noisy for all of them: a row's ratio is the median of
+    its ratios to the first row in the same round.
     """
     for name in given.keys() - {"weights", "batch_size"}:
         raise ValueError(f"--{name.replace('_', '-')} has no part in --bench")
@@ -668,7 +669,6 @@ def bench(given, root, workers, device, compiled, rounds=7):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[name] += [time.perf_counter() - start] if number else []  # the first round warms up
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
 
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     precision = ("bfloat16" if device.type == "cuda" else "float32") + (", compiled" if compiled else "")
@@ -679,8 +679,8 @@ def bench(given, root, workers, device, compiled, rounds=7):
         first = next(row for row in BENCH_ROWS if row.split(":")[0] == name.split(":")[0])
         rows.append({
             "step": name,
-            "ms per image": 1000 * medians[name] / batch_size,
-            "time ratio": medians[name] / medians[first],
+            "ms per image": 1000 * statistics.median(times[name]) / batch_size,
+            "time ratio": statistics.median(mine / firsts for mine, firsts in zip(times[name], times[first])),
             "peak MB": round(peaks[name]),
             "memory ratio": peaks[name] / peaks[first],
         })  # fmt: skip
