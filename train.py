@@ -160,7 +160,7 @@ def fit(settings, out, root, workers, device, compiled):
         })  # fmt: skip
         say(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
             f"validation {percent(val_accuracy, val_prompt_accuracy)}"
-            + (f"  ({waited:.0%} of the time spent waiting for data)" if waited > 0.05 else ""))  # fmt: skip
+            + (f"  ({waited:.0%} waiting for data)" if waited > 0.05 else ""))  # fmt: skip
         if chosen(history) is history[-1]:
             save_checkpoint(out / "best.pt", model, meta, **history[-1])
         save_table(out / "metrics.csv", history)
