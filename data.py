@@ -233,6 +233,7 @@ def _paths(samples):
 
 
 def with_held_out(train, test, classes, seed):
+    """The `Splits` of an official train and test list, validation held out of train."""
     train, val = hold_out(train, seed)
     return Splits(train, val, test, classes, "official split, validation held out of train")
 
@@ -275,6 +276,7 @@ def fetch(row, folder, download=None):
 
 
 def need_scipy(row):
+    """scipy's reader of .mat files, or a DataError that says how to get it."""
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -381,6 +383,19 @@ def open_picture(picture):
         raise ValueError(f"cannot read the picture {picture}: {type(error).__name__}") from None
 
 
+def find_pictures(paths):
+    """The files among the paths, and for each folder all pictures below it, by name; FileNotFoundError for none."""
+    found = []
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path]
+        if not inside:
+            raise FileNotFoundError(f"there are no pictures in {path}")
+        if not inside[0].exists():
+            raise FileNotFoundError(f"there is no picture {path}")
+        found += inside
+    return found
+
+
 class Pictures(Dataset):
     """Samples as (image (3, H, W), label), asked for by (index, seed of this picture's augmentation)."""
 
@@ -447,6 +462,7 @@ MIRROR = "https://huggingface.co/datasets/XiN0919"
 
 
 def known(kind, on_disk, source, **how):
+    """(layout, source) of a data set that torchvision knows; see `from_torchvision`."""
     return partial(from_torchvision, kind=kind, on_disk=on_disk, **how), source
 
 

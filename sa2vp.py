@@ -16,6 +16,10 @@ every layer one pathway speaks to the other, each token just to the tokens at it
 
 The numbers are this project's own. In comments: B images, T = 1 + N tokens of the receiving
 pathway (T' of the giving one), d the encoder's width, r the inner dimension.
+
+The classes in this order: PromptMap (2), SpatiallyAlignedCrossAttention (3), PromptAdapter (4),
+BilateralInteraction (5, 6) with InterLayerPromptFusion (7), and SA2VP, which is all of it; then the
+baselines LinearProbe, FullFineTuning and VPTDeep. A tuned model is read by `load`, or `load_official`.
 """
 
 import math
@@ -31,7 +35,7 @@ from vit import HALF, check_exactly, interpolate_positions, load_vit, read_torch
 class PromptMap(nn.Module):
     """The prompt map, Eq. (2) without E_pos: p W + b, low rank, a class token and h' x w' prompt tokens.
 
-    () -> (1, 1 + h' w', d). Entry (y, x) belongs to the patch at the same place.
+    Entry (y, x) of the map belongs to the patch at the same place. p is (1, 1 + h' w', r), W is r -> d.
     """
 
     def __init__(self, grid, inner_dim, dim):
@@ -41,14 +45,15 @@ class PromptMap(nn.Module):
         nn.init.trunc_normal_(self.tokens, std=0.02)
 
     def forward(self):
+        """() -> (1, 1 + h' w', d)."""
         return self.proj(self.tokens)
 
 
 class SpatiallyAlignedCrossAttention(nn.Module):
-    """Spatially aligned cross attention, Eq. (3): C_i(X, Y), with layer i's own frozen weights.
+    """Spatially aligned cross attention, Eq. (3): C_i(X, Y), with layer i's own frozen weights, none of its own.
 
-    `forward(layer, x, q, k, v)`: q are layer i's queries of x (B, T, d), k and v its keys and values
-    of the other pathway, each (B, heads, T or T', d / heads); returns (B, T, d).
+    `grid` is the receiving pathway's (h, w), `other_grid` the giving one's, `window` the side of the
+    aligned neighbourhood N(t) in cells, or None for no alignment. Raises ValueError as `aligned_neighbourhood`.
     """
 
     def __init__(self, grid, other_grid, window, dropout):
@@ -58,6 +63,10 @@ class SpatiallyAlignedCrossAttention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, layer, x, q, k, v):
+        """x (B, T, d) -> (B, T, d): q are layer i's queries of x, k and v its keys and values of the other pathway.
+
+        Each is (B, heads, T or T', d / heads).
+        """
         mask = None if self.mask is None else self.mask[: x.size(1)]  # the last layer keeps the class token's row alone
         return x + self.drop(layer.attn.attend(q, k, v, mask))
 
@@ -73,13 +82,14 @@ class PromptAdapter(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, z):
+        """(B, T, d) -> (B, T, d), the prompting message before its weight s."""
         return self.drop(self.up(self.drop(F.gelu(self.down(self.norm(z))))))
 
 
 class InterLayerPromptFusion(nn.Module):
     """Inter-layer prompt fusion, Eq. (7): g_i * T_i(p_i W_i + b_i), a new prompt map through layer i.
 
-    `forward(layer)` -> (1, 1 + h' w', d): it does not depend on the image, so one serves the batch.
+    The gate g_i (d,) weighs the channels. No position embedding is added to p_i.
     """
 
     def __init__(self, grid, inner_dim, dim):
@@ -89,6 +99,7 @@ class InterLayerPromptFusion(nn.Module):
         nn.init.normal_(self.gate, std=0.02)
 
     def forward(self, layer):
+        """Frozen layer i -> (1, 1 + h' w', d): it does not depend on the image, so one serves the batch."""
         return self.gate * layer(self.prompt_map())
 
 
@@ -144,13 +155,14 @@ class SA2VP(nn.Module):
     distill_layers D, where the base pathway speaks to the prompt pathway; by default every fourth from
                    0; () is none
     fusion_layers  F, a subset of D, where a new prompt map enters; by default D without 0
+    freeze_adapters  leaves the adapters as they were drawn: for an ablation
 
     Raises ValueError for values out of range.
     """
 
     def __init__(
         self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
-        distill_layers=None, fusion_layers=None,
+        distill_layers=None, fusion_layers=None, freeze_adapters=False,
     ):  # fmt: skip
         super().__init__()
         depth, dim = len(vit.blocks), vit.dim
@@ -180,7 +192,7 @@ class SA2VP(nn.Module):
             self.interactions.append(
                 BilateralInteraction(
                     SpatiallyAlignedCrossAttention(*grids, window, dropout),
-                    PromptAdapter(dim, inner_dim, dropout),
+                    PromptAdapter(dim, inner_dim, dropout).requires_grad_(not freeze_adapters),
                     scale,
                     distills=i in distill_layers,
                     last=i == depth - 1,
@@ -213,7 +225,7 @@ class SA2VP(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """Baseline: nothing but a linear head on the frozen class token. Returns (logits,)."""
+    """Baseline: nothing but a linear head on the frozen class token."""
 
     def __init__(self, vit, num_classes):
         super().__init__()
@@ -221,14 +233,16 @@ class LinearProbe(nn.Module):
         self.head = _head(vit.dim, num_classes)
 
     def forward(self, images):
+        """(B, 3, H, W) -> (logits,), one pathway's class scores (B, num_classes)."""
         return (self.head(self.vit(images)),)
 
     def predict(self, images):
+        """(B, 3, H, W) -> class scores (B, num_classes)."""
         return self(images)[0]
 
 
 class FullFineTuning(LinearProbe):
-    """Baseline: everything is trained. Returns (logits,)."""
+    """Baseline: everything is trained, the backbone too."""
 
     def __init__(self, vit, num_classes):
         super().__init__(vit, num_classes)
@@ -236,7 +250,7 @@ class FullFineTuning(LinearProbe):
 
 
 class VPTDeep(nn.Module):
-    """Baseline: Visual Prompt Tuning (Jia et al., 2022), new prompt tokens in every layer. Returns (logits,)."""
+    """Baseline: Visual Prompt Tuning (Jia et al., 2022), `prompts` new prompt tokens in every layer."""
 
     def __init__(self, vit, num_classes, prompts=50):
         super().__init__()
@@ -247,6 +261,7 @@ class VPTDeep(nn.Module):
         self.head = _head(vit.dim, num_classes)
 
     def forward(self, images):
+        """(B, 3, H, W) -> (logits,), one pathway's class scores (B, num_classes)."""
         x = self.vit.embed(images)
         batch, length, _ = x.shape
         for block, prompts in zip(self.vit.blocks, self.prompts):
@@ -255,6 +270,7 @@ class VPTDeep(nn.Module):
         return (self.head(self.vit.norm(x[:, 0])),)
 
     def predict(self, images):
+        """(B, 3, H, W) -> class scores (B, num_classes)."""
         return self(images)[0]
 
 
@@ -262,7 +278,10 @@ METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "linear": LinearProbe, "full": FullFi
 
 
 def two_pathway_loss(logits, labels):
-    """Eq. (8) for (base_logits, prompt_logits); plain cross-entropy for a baseline's (logits,)."""
+    """Eq. (8) for (base_logits, prompt_logits); plain cross-entropy for a baseline's (logits,).
+
+    Scores (B, num_classes), labels (B,), whole numbers from 0 -> the batch's mean loss, a scalar.
+    """
     weights = (0.8, 0.2) if len(logits) == 2 else (1.0,)
     return sum(weight * F.cross_entropy(scores, labels) for weight, scores in zip(weights, logits))
 
@@ -300,13 +319,68 @@ def freeze(vit, dropout=0.0):
 
 
 def trained_parameters(model):
-    """Name -> parameter of all that is trained: megabytes where the backbone has hundreds."""
+    """Name -> parameter of all that is trained."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def tuned_parameters(model):
+    """Name -> parameter of all that tells the tuned model from its backbone: megabytes where that has hundreds.
+
+    These are the trained ones, and adapters that were left as they were drawn.
+    """
+    parameters = model.named_parameters()
+    return {name: parameter for name, parameter in parameters if parameter.requires_grad or name[:4] != "vit."}
 
 
 def count_trained(model):
     """How many numbers are trained, the head not counted, as the field reports it."""
     return sum(tensor.numel() for name, tensor in trained_parameters(model).items() if not name.startswith("head."))
+
+
+def watched(model, images, modules):
+    """What each of the modules gives, the first time it is called, when the model sees the images."""
+    seen = {}
+
+    def remember(module, _, output):
+        seen.setdefault(module, output)
+
+    hooks = [module.register_forward_hook(remember) for module in modules]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [seen[module] for module in modules]
+
+
+@torch.inference_mode()
+def class_attention(model, images):
+    """What the class token attends to in the last layer: (B, 3, H, W) -> (B, h, w), shares of its attention.
+
+    Of the base pathway, mean over the heads. `model` is a method or a bare VisionTransformer, in
+    evaluation mode. The shares of a picture sum up to 1 less what falls on the class token itself
+    and, in VPT, on the prompts.
+    """
+    vit = getattr(model, "vit", model)
+    layer = vit.blocks[-1]
+    (x,) = watched(model, images, [layer.norm1])  # SA2VP calls it twice, first for the base pathway
+    q, k, _ = layer.attn.project(x, keep=1)
+    attention = (q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).softmax(dim=-1)  # (B, heads, 1, T)
+    return attention.mean(dim=1)[:, 0, 1 : 1 + math.prod(vit.grid)].unflatten(1, vit.grid)
+
+
+@torch.inference_mode()
+def prompting_strength(model, images):
+    """How much the prompts change each image token of an SA2VP: (B, 3, H, W) -> (B, h, w).
+
+    The norm of the prompting message s A_i(C_i(B_i, P_i)) of Eq. (5), summed over the layers that
+    prompt; of the last one only the class token is left, so it has no part. `model` is in evaluation mode.
+    """
+    prompting = [interact for interact in model.interactions if not (interact.distills or interact.last)]
+    messages = watched(model, images, [interact.adapter for interact in prompting])  # each (B, 1 + N, d)
+    norms = [interact.scale * message[:, 1:].norm(dim=-1) for interact, message in zip(prompting, messages)]
+    nothing = images.new_zeros(len(images), math.prod(model.vit.grid))
+    return sum(norms, start=nothing).unflatten(1, model.vit.grid)
 
 
 def load(path, weights=None):
@@ -343,7 +417,7 @@ def read_checkpoint(path):
 
 def load_trained(model, tensors):
     """Puts trained parameters back into a model of the same shape; ValueError names what does not fit."""
-    check_exactly(trained_parameters(model), tensors)
+    check_exactly(tuned_parameters(model), tensors)
     model.load_state_dict(tensors, strict=False)
 
 

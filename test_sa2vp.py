@@ -556,6 +556,115 @@ def test_initialisation_is_the_methods():
             assert std < 1e-5, name
 
 
+def test_without_prompting_messages_it_predicts_as_a_linear_probe():
+    model = small_model()
+    probe = sa2vp.LinearProbe(model.vit, 3).double().eval()
+    probe.head = model.head
+    images = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    assert not torch.allclose(model.predict(images), probe.predict(images))
+    for interact in model.interactions:
+        interact.scale = 0.0
+    torch.testing.assert_close(model.predict(images), probe.predict(images))
+
+
+def test_without_distillation_the_prompt_pathway_never_sees_the_image():
+    images = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    for distill_layers, blind in ((), True), ((4,), False):
+        base, prompt = small_model(distill_layers=distill_layers)(images)
+        assert torch.equal(prompt[0], prompt[1]) == blind and not torch.allclose(base[0], base[1])
+
+
+def test_frozen_adapters_stay_as_they_were_drawn_and_come_back_with_the_model(run):
+    model, meta = sa2vp.load(run("--freeze-adapters", "--lr", 0.01) / "best.pt")
+    fresh, _ = train.build(meta["settings"], data.find(meta["settings"]["data"]), meta["classes"])
+    tuned, trained = sa2vp.tuned_parameters(model), sa2vp.trained_parameters(model)
+    for name, drawn in sa2vp.tuned_parameters(fresh).items():
+        assert torch.equal(tuned[name], drawn) == (".adapter." in name) == (name not in trained), name
+
+
+# ---------------------------------------------------------------------- looking inside
+
+
+def last_layer_attention(layer, x):
+    """The class token's softmax(q k' / sqrt(d / heads)), head by head, mean over the heads: (B, T)."""
+    q, k, _ = layer.attn.qkv(layer.norm1(x)).chunk(3, dim=-1)
+    width, rows = x.size(-1) // layer.attn.heads, []
+    for start in range(0, x.size(-1), width):
+        head = slice(start, start + width)
+        scores = torch.einsum("bd,btd->bt", q[:, 0, head], k[:, :, head]) / math.sqrt(width)
+        rows.append(scores.exp() / scores.exp().sum(dim=1, keepdim=True))
+    return torch.stack(rows).mean(dim=0)
+
+
+def test_the_attention_that_is_shown_is_the_last_layers_in_each_method():
+    images = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    model, vpt = small_model(), sa2vp.VPTDeep(small_vit((48, 64)), 3, prompts=4).double().eval()
+    with torch.no_grad():
+        x = model.vit.embed(images)
+        for layer in model.vit.blocks[:-1]:
+            x = layer(x)
+        base, prompt = model.vit.embed(images), model.prompt_map() + model.prompt_positions()
+        for layer, interact in zip(model.vit.blocks[:-1], model.interactions):
+            base, prompt = interact(layer, base, prompt)
+        mixed = vpt.vit.embed(images)
+        for layer, prompts in zip(vpt.vit.blocks, vpt.prompts):
+            mixed = torch.cat([mixed, prompts.expand(2, -1, -1)], dim=1)
+            mixed = mixed if layer is vpt.vit.blocks[-1] else layer(mixed)[:, :13]
+        for network, tokens in ((model.vit, x), (model, base), (vpt, mixed)):
+            expected = last_layer_attention(model.vit.blocks[-1], tokens)[:, 1:13].view(2, 3, 4)
+            torch.testing.assert_close(sa2vp.class_attention(network, images), expected)
+    assert not torch.allclose(sa2vp.class_attention(model, images), sa2vp.class_attention(model.vit, images))
+
+
+@pytest.mark.parametrize("distill_layers", [(0, 4), (1,), range(5)])
+def test_the_prompting_strength_is_the_norm_of_what_prompts_add_to_each_image_token(distill_layers):
+    model, images = small_model(distill_layers=distill_layers), torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    expected = torch.zeros(2, 3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        base, prompt = model.vit.embed(images), model.prompt_map() + model.prompt_positions()
+        for layer, interact in zip(model.vit.blocks[:-1], model.interactions):  # of the last, patches go nowhere
+            unprompted = layer(base)
+            base, prompt = interact(layer, base, prompt)
+            expected += (base - unprompted)[:, 1:].norm(dim=-1).view(2, 3, 4)
+    torch.testing.assert_close(sa2vp.prompting_strength(model, images), expected)
+
+
+@pytest.mark.parametrize("method", sa2vp.METHODS)
+def test_show_writes_a_row_for_each_of_some_test_pictures(run, capsys, method):
+    out = run("--method", method, epochs=1)
+    columns, asked, rows = {"sa2vp": (6, 100, 8), "vpt": (4, 2, 2), "full": (4, 2, 2), "linear": (3, 2, 2)}[method]
+    train.main(["--eval", str(out / "best.pt"), "--show", str(asked), "--cpu"])  # there are eight pictures
+    assert "show.png" in capsys.readouterr().out
+    with Image.open(out / "show.png") as page:
+        tile = (train.PAGE - train.GAP) // columns - train.GAP
+        assert page.size == (1200, train.HEAD + train.GAP + rows * (tile + train.GAP))
+        for column in range(columns):  # something in each of them, its title too
+            left = train.GAP + column * (tile + train.GAP)
+            for top, height in ((0, train.HEAD), (train.HEAD + train.GAP, tile)):
+                assert len(page.crop((left, top, left + tile, top + height)).getcolors(10**6)) > 1
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_pictures_are_shown_in_their_own_proportions_or_as_they_were_cropped(tmp_path, crop):
+    Image.new("RGB", (90, 30), (200, 0, 0)).save(tmp_path / "wide.png")
+    model = sa2vp.LinearProbe(small_vit(), 2).eval()
+    meta = dict(method="linear", classes=["a", "b"], crop=crop, image_size=(32, 32), mean=vit.HALF, std=vit.HALF)
+    page = np.asarray(train.draw_page(model, model.vit, meta, [(tmp_path / "wide.png", 0)]))
+    tile = (train.PAGE - train.GAP) // 3 - train.GAP
+    seen = page[train.HEAD + train.GAP :, train.GAP :][:tile, :tile]
+    red = (abs(seen.astype(int) - (200, 0, 0)) < 3).all(axis=-1)
+    assert red.any(axis=0).sum() == tile and red.any(axis=1).sum() == (tile if crop else round(tile / 3))
+
+
+def test_principal_components_become_colours_and_noise_does_not():
+    tokens = torch.zeros(6, 5)
+    tokens[:, 2] = torch.tensor([0.0, 1, 2, 3, 4, 5])
+    colours = train.principal_colours(tokens).astype(int)
+    ramp = colours[:, 0]
+    assert sorted(ramp) == [0, 51, 102, 153, 204, 255] and abs(np.diff(ramp)).max() == 51 and colours[:, 1:].max() < 2
+    assert train.principal_colours(torch.ones(1, 5)).tolist() == [[0, 0, 0]]
+
+
 def test_vpt_prompts_take_part_in_every_layer():
     model = sa2vp.VPTDeep(small_vit(), 3, prompts=2)
     (logits,) = model(torch.randn(2, 3, 32, 32))
@@ -942,6 +1051,59 @@ def test_a_member_of_a_group_whose_data_is_missing_is_named_and_the_rest_still_r
     assert [bool(row["accuracy"]) for row in rows] == [True, True, False, False]
 
 
+def test_an_ablation_changes_one_thing_a_run_and_goes_on_after_an_interruption(run, monkeypatch, capsys):
+    flags = ["--ablate", "--scale", 0.5, "--lr", 0.01, "--seed", 7]
+    fit, begun = train.fit, []
+
+    def killed(settings, *arguments, **options):
+        begun.append(1)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return fit(settings, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", killed)
+        with pytest.raises(SystemExit):
+            run(*flags, epochs=2)
+    command = shlex.split(capsys.readouterr().err.strip().splitlines()[-1].split("python train.py ")[1])
+    train.main(command)
+    table = capsys.readouterr().out.split("variant  ")[-1].splitlines()[1:]
+
+    one = dict(inner_dim=16, scale=0.5, dropout=0.1, window=3, prompt_grid=None, distill_layers=None,
+               fusion_layers=None, freeze_adapters=False)  # fmt: skip
+    changed = {
+        "full-method": {}, "linear-probe": None, "window-none": {"window": None}, "window-1": {"window": 1},
+        "window-5": {"window": 5}, "no-distillation": {"distill_layers": ()}, "no-fusion": {"fusion_layers": ()},
+        "half-size-map": {"prompt_grid": (3, 3)}, "adapters-frozen": {"freeze_adapters": True},
+    }  # fmt: skip
+    rows = list(csv.DictReader(Path("run/ablation.csv").open()))
+    assert [row["variant"] for row in rows] == list(changed) == [line.split()[0] for line in table]
+    for row in rows:
+        best = torch.load(Path("run", row["variant"], "best.pt"), weights_only=True)
+        change = changed[row["variant"]]
+        assert best["options"] == ({} if change is None else one | change)
+        same_for_all = {name: best["settings"][name] for name in ("seed", "epochs", "batch_size")}
+        assert same_for_all == {"seed": 7, "epochs": 2, "batch_size": 4}
+        assert best["settings"]["lr"] == (0.01 if change is not None else train.LEARNING_RATE["linear"])
+        result = json.loads(Path("run", row["variant"], "result.json").read_text())
+        assert float(row["accuracy"]) == result["accuracy"] and int(row["trainable"]) == result["trainable"]
+        assert float(row["change"]) == result["accuracy"] - float(rows[0]["accuracy"])
+    same(outcome(Path("run/full-method")), outcome(run(*flags[1:], out="alone", epochs=2)))
+    refused = {("--window", 3): "changes it itself", ("--method", "vpt"): "changes it itself",
+               ("--data", "fgvc"): "one data set"}  # fmt: skip
+    for flags, part in refused.items():
+        assert part in refusal(capsys, ["--ablate", "--cpu", "--out", "other", *flags])
+
+
+def test_a_variant_that_cannot_run_is_named_and_the_others_still_run(run, capsys, monkeypatch):
+    variants = {"full-method": {}, "impossible": {"fusion_layers": (1,)}, "window-1": {"window": 1}}
+    monkeypatch.setattr(train, "ABLATIONS", variants)
+    out = run("--ablate", epochs=1)
+    assert "impossible could not run: fusion layers (1,) must be among" in capsys.readouterr().err
+    rows = list(csv.DictReader((out / "ablation.csv").open()))
+    assert [bool(row["accuracy"]) for row in rows] == [True, False, True] and rows[2]["change"]
+
+
 @pytest.mark.parametrize(
     "listed, named", [({"001.x/absent.jpg": 1}, "absent.jpg"), ({"002.Laysan_Albatross/0.jpg": 0}, "0.jpg")]
 )
@@ -1244,6 +1406,46 @@ def test_a_tuned_model_is_loaded_for_prediction_and_a_wrong_backbone_refused(run
         sa2vp.load(out / "best.pt", weights=tmp_path / "other.pth")
 
 
+def test_predict_prints_the_likeliest_classes_of_pictures_and_folders(run, files, tmp_path, capsys):
+    make_folder(tmp_path / "seven", {"train": 3, "test": 1}, classes=list("abcdefg"))
+    out = run("--data", tmp_path / "seven", epochs=1)
+    pictures = [files / "insects/test/bee/1.png", files / "insects/train"]
+    model, meta = sa2vp.load(out / "best.pt")
+    show = data.transform(meta["crop"], False, meta["image_size"], meta["mean"], meta["std"])
+    capsys.readouterr()
+    train.main(["--predict", *map(str, [out / "best.pt", *pictures]), "--json", "--cpu"])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    inside = sorted(path for path in pictures[1].rglob("*.png"))
+    assert [entry["picture"] for entry in printed] == [str(path) for path in [pictures[0], *inside]]
+    for entry in printed:
+        with torch.inference_mode():
+            (logits,) = model.predict(show(data.open_picture(Path(entry["picture"])))[None])
+        right = sorted(zip(logits.softmax(dim=0).tolist(), meta["classes"]), reverse=True)[:5]
+        assert [top["class"] for top in entry["top"]] == [name for _, name in right]
+        assert [top["probability"] for top in entry["top"]] == pytest.approx([p for p, _ in right], rel=1e-4)
+    train.main(["--predict", str(out / "best.pt"), str(pictures[0]), "--cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(pictures[0]) and [line.split()[1] for line in lines[1:]] == [
+        top["class"] for top in printed[0]["top"]
+    ]
+
+
+def test_predict_names_what_it_cannot_read_and_goes_on(run, files, tmp_path, capsys):
+    out = run(epochs=1)
+    (tmp_path / "damaged.jpg").write_bytes(b"\xff\xd8 no picture")
+    capsys.readouterr()
+    command = ["--predict", out / "best.pt", tmp_path / "damaged.jpg", files / "insects/test/ant", "--json", "--cpu"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(argument) for argument in command])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "damaged.jpg" in printed.err and len(printed.out.splitlines()) == 4
+    assert [len(json.loads(line)["top"]) for line in printed.out.splitlines()] == [2] * 4  # there are no more classes
+    (tmp_path / "empty").mkdir()
+    for picture, part in (("empty", "no pictures in"), ("absent.jpg", "no picture"), ("absent/", "no picture")):
+        assert part in refusal(capsys, ["--predict", out / "best.pt", tmp_path / picture, "--cpu"])
+    assert "checkpoint and then pictures" in refusal(capsys, ["--predict", out / "best.pt", "--cpu"])
+
+
 def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = {"shapes": (data.where_is_blue, data.DIRECTIONS), "shapes-source": (data.what_and_which_colour, data.KINDS)}
@@ -1296,13 +1498,20 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
         (["--eval", "absent.pt"], "absent.pt"),
         (["--eval", __file__], "test_sa2vp.py"),
         (["--lr", "1e30", "--batch-size", "4"], "loss is not finite"),
+        (["--show", "3"], "--show goes with --eval"),
+        (["--json"], "--json goes with --predict"),
+        (["--eval", "some.pt", "--show", "0"], "--show"),
+        (["--eval", "some.pt", "--json"], "--json has no part in --eval"),
+        (["--predict", "absent.pt", __file__], "absent.pt"),
+        (["--predict", "absent.pt", __file__, "--eval", "some.pt"], "not allowed with"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(files, tmp_path, monkeypatch, capsys, flags, part):
     monkeypatch.chdir(tmp_path)
-    common = ["--workers", "0"] if "--gpu" in flags else ["--workers", "0", "--cpu"]
-    for flag, value in (("--data", files / "insects"), ("--weights", files / "vit.pth"), ("--batch-size", 4)):
-        if flag not in flags and not {"--eval", "--resume"} & set(flags):
+    common = [] if "--gpu" in flags else ["--cpu"]
+    for flag, value in (("--data", files / "insects"), ("--weights", files / "vit.pth"), ("--batch-size", 4),
+                        ("--workers", 0)):  # fmt: skip
+        if flag not in flags and not {"--eval", "--predict", "--resume"} & set(flags):
             common += [flag, value]
     assert part in refusal(capsys, [*flags, *common])
 

@@ -16,6 +16,7 @@ import re
 import shlex
 import statistics
 import sys
+import textwrap
 import time
 from datetime import timedelta
 from functools import partial
@@ -25,7 +26,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
@@ -35,7 +39,20 @@ from vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_vit
 # AdamW's peak learning rate for each method: the paper's for sa2vp; the baselines' were searched on
 # validation data. A data set may have its own.
 LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "linear": 1e-2, "full": 1e-4}
-SA2VP_SETTINGS = "inner_dim scale dropout window prompt_grid distill_layers fusion_layers".split()
+SA2VP_SETTINGS = "inner_dim scale dropout window prompt_grid distill_layers fusion_layers freeze_adapters".split()
+
+# The paper's ablations: what each changes of the full method.
+ABLATIONS = {
+    "full-method": {},
+    "linear-probe": {"method": "linear"},  # no prompts
+    "window-none": {"window": None},  # not aligned
+    "window-1": {"window": 1},
+    "window-5": {"window": 5},
+    "no-distillation": {"distill_layers": ()},  # and so no fusion: every layer prompts
+    "no-fusion": {"fusion_layers": ()},
+    "half-size-map": {"prompt_grid": "half"},
+    "adapters-frozen": {"freeze_adapters": True},
+}
 
 # The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
 SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=4)
@@ -44,6 +61,14 @@ PRETRAINING = dict(
     data="shapes-source", method="full", weights=None, epochs=6, batch_size=64, lr=2e-3, weight_decay=1e-4,
     warmup_epochs=1, seed=42,
 )  # fmt: skip
+
+# What can be asked for instead of training, and the flags that have a part in it, beside the device's.
+PARTS = {
+    "list": (),
+    "bench": ("weights", "batch_size", "compile"),
+    "eval": ("data", "root", "weights", "workers", "compile", "show"),
+    "predict": ("weights", "json"),
+}
 
 BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError)  # what ends in one sentence and exit code 2
 
@@ -54,6 +79,7 @@ def main(argv=None):
     out = None
     try:
         given = vars(command_line().parse_args(argv))  # just the settings that were given
+        check_parts(given)
         if given.pop("list", False):
             return print_rows()
         place = dict(
@@ -64,19 +90,25 @@ def main(argv=None):
         )
         if "eval" in given:
             return evaluate_checkpoint(given.pop("eval"), given, **place)
+        if "predict" in given:
+            return predict(*given.pop("predict"), given=given, device=place["device"])
         if given.pop("bench", False):
             return bench(given, **place)
 
         resume, out, seeds = given.pop("resume", False), given.pop("out", None), given.pop("seeds", None)
-        asked = given.get("data", "shapes")
+        asked, ablate = given.get("data", "shapes"), given.pop("ablate", False)
+        name = asked if asked in data.GROUPS else data.find(asked).name
         if out is None:
-            name = asked if asked in data.GROUPS else data.find(asked).name
-            out = default_out(f"{name.replace('/', '-')}-{given.get('method', 'sa2vp')}", taken=resume)
+            kind = "ablation" if ablate else given.get("method", "sa2vp")
+            out = default_out(f"{name.replace('/', '-')}-{kind}", taken=resume)
         out, holds = from_first_process((out, holds_run(out)))
         if holds and not resume:
             raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
-        if asked in data.GROUPS or seeds:
-            run_all(list_jobs(given, asked, seeds or [None]), out, **place)
+        if ablate:
+            run_all(list_jobs(ablations(given), seeds), out, ablation_table, "ablation.csv", **place)
+        elif asked in data.GROUPS or seeds:
+            members = {member: given | {"data": member} for member in data.GROUPS.get(asked, [])} or {name: given}
+            run_all(list_jobs(members, seeds), out, group_table, "results.csv", **place)
         elif resume:
             settings, place["root"] = resumed_run(out, given, place["root"])
             run(settings, out, **place)
@@ -279,6 +311,7 @@ def chosen(history):
 
 
 def percent(base, prompt):
+    """Both pathways' accuracies in words; "-" where there is none."""
     return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
 
 
@@ -286,21 +319,24 @@ def percent(base, prompt):
 
 
 def rank():
+    """Which of the processes this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def summed(tensor):
-    """Of all processes."""
+    """The tensor, summed over all processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def say(text=""):
+    """Prints, once for all processes."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -316,73 +352,97 @@ def from_first_process(content):
 # ---------------------------------------------------------------------- several runs
 
 
-def list_jobs(given, asked, seeds):
-    """{folder: settings} of each run: one for each member of a group and each seed (None: the default one)."""
+def ablations(given):
+    """{variant: what is given for it}, as `ABLATIONS` has it.
+
+    The linear probe has no part in SA2VP's own settings, and keeps the learning rate that suits it.
+    """
+    for name in given.keys() & set().union(*ABLATIONS.values()):
+        raise ValueError(f"--{name.replace('_', '-')} has no part in --ablate, which changes it itself")
+    if given.get("data") in data.GROUPS:
+        raise ValueError(f"--ablate takes one data set, not the group {given['data']}")
+    probe = {name: value for name, value in given.items() if name not in (*SA2VP_SETTINGS, "lr")}
+    return {name: (probe if "method" in change else given) | change for name, change in ABLATIONS.items()}
+
+
+def list_jobs(variants, seeds):
+    """{variant: what is given for it} -> {folder: (variant, settings)}, a run for each of the seeds."""
     jobs = {}
-    for member in data.GROUPS.get(asked, [asked]):
-        for seed in seeds:
-            settings = settle(given | {"data": member} | ({} if seed is None else {"seed": seed}))
-            folder = data.find(member).name.replace("/", "-") + ("" if seed is None else f"-seed{seed}")
-            jobs[folder] = settings
+    for name, given in variants.items():
+        for seed in seeds or [None]:
+            settings = settle(given | ({} if seed is None else {"seed": seed}))
+            jobs[name.replace("/", "-") + ("" if seed is None else f"-seed{seed}")] = name, settings
     return jobs
 
 
-def run_all(jobs, out, **place):
-    """Runs a list of settings one after another, each in its folder below `out`, and ends with a table of all.
+def run_all(jobs, out, tabulate, file, **place):
+    """Runs a list of settings one after another, each in its folder below `out`; `tabulate` makes a table of all.
 
     What is finished is kept, what was interrupted goes on; one that cannot run is named, and the rest still runs.
     """
-    for folder, settings in jobs.items():
+    for folder, (_, settings) in jobs.items():
         last = out / folder / "last.pt"
         if last.exists() and sa2vp.read_checkpoint(last)["settings"] != settings:
             raise ValueError(f"{out / folder} was run with other settings: give the same ones, or another --out")
-    results, failures = {}, {}
-    for number, (folder, settings) in enumerate(jobs.items(), 1):
+    results, failures = {name: [] for name, _ in jobs.values()}, {}
+    for number, (folder, (name, settings)) in enumerate(jobs.items(), 1):
         say(f"\n[{number}/{len(jobs)}] {folder}")
         try:
             run(settings, out / folder, **place)
-            result = json.loads((out / folder / "result.json").read_text())
-            results.setdefault(result["data"], []).append(result)
+            results[name].append(json.loads((out / folder / "result.json").read_text()))
         except BAD_INPUT as error:
             if dist.is_initialized():  # the other processes are still in there
                 raise
             failures[folder] = sentence(error)
     for folder, failure in failures.items():
         print(f"train.py: {folder} could not run: {failure}", file=sys.stderr)
-    if not results:
+    if not any(results.values()):
         raise ValueError("none of these could run")
-    rows = summary(results, [data.find(settings["data"]).name for settings in jobs.values()])
-    save_table(out / "results.csv", rows)
+    rows = tabulate(results)
+    save_table(out / file, rows)
     print_table(rows)
 
 
-def summary(results, names):
-    """Rows of the table: a data set's mean and standard deviation over seeds, then the means of whole groups.
+def accuracies(runs):
+    """Of each result.json; what --tune leaves untested counts by validation."""
+    return [run["val_accuracy"] if run["accuracy"] is None else run["accuracy"] for run in runs]
 
-    `results`: {data set: its result.json for each seed}. What --tune leaves untested counts by validation.
-    """
-    names = list(dict.fromkeys(names))
+
+def spread(values):
+    """Mean and standard deviation over seeds, for a row of a table."""
+    return {
+        "accuracy": statistics.mean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def ablation_table(results):
+    """{variant: its result.json for each seed} -> rows: accuracy, and how far that is from the full method's."""
+    full, rows = spread(accuracies(results["full-method"]))["accuracy"], []
+    for name, runs in results.items():
+        row = {"variant": name, **spread(accuracies(runs)), "change": None, "trainable": None}
+        if runs:
+            row["trainable"] = runs[0]["trainable"]
+            row["change"] = None if full is None else row["accuracy"] - full
+        rows.append(row)
+    return rows
+
+
+def group_table(results):
+    """{data set: its result.json for each seed} -> rows: of each data set, then the means of whole groups."""
     seeds = max(map(len, results.values()))
-    first = next(iter(results.values()))[0]
+    first = next(runs[0] for runs in results.values() if runs)
     published = {} if first["accuracy"] is None else data.PUBLISHED[first["method"]]
     scores, rows = {}, []
 
     def add(name, values, trainable=None):
         scores[name] = values if len(values) == seeds else []  # of a group, every member and seed or nothing
-        rows.append({
-            "data": name,
-            "accuracy": statistics.mean(values) if values else None,
-            "std": statistics.stdev(values) if len(values) > 1 else None,
-            "published": published.get(name),
-            "trainable": trainable,
-        })  # fmt: skip
+        rows.append({"data": name, **spread(values), "published": published.get(name), "trainable": trainable})
 
-    for name in names:
-        runs = results.get(name, [])
-        values = [r["val_accuracy"] if r["accuracy"] is None else r["accuracy"] for r in runs]
-        add(name, values, runs[0]["trainable"] if runs else None)
+    for name, runs in results.items():
+        add(name, accuracies(runs), runs[0]["trainable"] if runs else None)
     for group, members in data.GROUPS.items():
-        if set(members) <= set(names):
+        if set(members) <= results.keys():
             parts = [part for part in data.GROUPS if part.startswith(f"{group}/")] or members  # VTAB: mean of its three
             columns = [scores[part] for part in parts]
             add(group, [statistics.mean(seed) for seed in zip(*columns)] if all(columns) else [])
@@ -444,7 +504,7 @@ def settle(given):
         raise ValueError(f"--tune is for VTAB-1k: {row.name} has validation pictures of its own")
     if method == "sa2vp":
         settings |= dict(inner_dim=row.inner_dim, scale=row.scale, dropout=row.dropout, window=3)
-        settings |= dict(prompt_grid=None, distill_layers=None)
+        settings |= dict(prompt_grid=None, distill_layers=None, freeze_adapters=False)
         settings["fusion_layers"] = None if "distill_layers" in given else row.fusion_layers
     for name in given:
         if name not in settings:
@@ -460,6 +520,7 @@ def settle(given):
 
 
 def run(settings, out, **place):
+    """One run by complete settings; for the drawn pictures' own backbone, that first."""
     if settings["weights"] == str(SMALL_VIT_FILE.resolve()):
         pretrain_small_vit(**place)
     fit(settings, out, **place)
@@ -475,9 +536,12 @@ def build(settings, row, classes):
     else:
         own = Path(weights).match(str(SMALL_VIT_FILE))  # whose number of heads its file does not tell
         vit = load_vit(weights, image_size, heads=SMALL_VIT["heads"] if own else None)
+    options = {name: settings[name] for name in SA2VP_SETTINGS if name in settings}
+    if options.get("prompt_grid") == "half":
+        options["prompt_grid"] = tuple(max(1, side // 2) for side in vit.grid)
     meta = dict(
         method=settings["method"],
-        options={name: settings[name] for name in SA2VP_SETTINGS if name in settings},
+        options=options,
         classes=list(classes),
         settings=settings,
         weights=weights,
@@ -519,6 +583,7 @@ def default_out(name, taken=False):
 
 
 def holds_run(out):
+    """Is there anything of a run, or of several, in this folder?"""
     return any(any(out.rglob(name)) for name in ("last.pt", "best.pt", "result.json"))
 
 
@@ -538,9 +603,7 @@ def resumed_run(out, given, root):
 
 
 def evaluate_checkpoint(path, given, root, workers, device, compiled):
-    """--eval: prints the test accuracy of a checkpoint again."""
-    for name in given.keys() - {"data", "weights"}:
-        raise ValueError(f"--{name.replace('_', '-')} has no part in --eval")
+    """--eval: prints the test accuracy of a checkpoint again; --show draws what it looks at."""
     model, meta = sa2vp.load(path, given.get("weights"))
     network = torch.compile(model.to(device), dynamic=False) if compiled else model.to(device)
     row = data.find(given.get("data", meta["settings"]["data"]))
@@ -552,6 +615,50 @@ def evaluate_checkpoint(path, given, root, workers, device, compiled):
     test = loader_for(splits.test, row, meta, workers)
     accuracy, prompt_accuracy = evaluate(network, test, device, fill=compiled)
     say(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
+    if "show" in given:
+        chosen = np.linspace(0, len(splits.test) - 1, min(given["show"], len(splits.test))).round().astype(int)
+        plain = load_vit(given.get("weights") or meta["weights"], meta["image_size"], meta["heads"]).to(device).eval()
+        page = draw_page(model, plain, meta, [splits.test[i] for i in chosen])
+        content = io.BytesIO()
+        page.save(content, "png")
+        save_whole(path.with_name("show.png"), content.getvalue())
+        say(f"wrote {path.with_name('show.png')}")
+
+
+def predict(path, *pictures, given, device):
+    """--predict: prints the five likeliest classes of each picture, in the order given; of a folder, by name.
+
+    One that cannot be read is named on stderr, the rest still comes, and the exit code is 2.
+    """
+    if not pictures:
+        raise ValueError("--predict takes a checkpoint and then pictures or folders of them")
+    model, meta = sa2vp.load(path, given.get("weights"))
+    model.to(device)
+    show = data.transform(meta["crop"], False, meta["image_size"], meta["mean"], meta["std"])
+    failures = 0
+    for picture in data.find_pictures(pictures):
+        try:
+            image = show(data.open_picture(picture))[None].to(device)
+        except ValueError as error:
+            print(f"train.py: {sentence(error)}", file=sys.stderr)
+            failures += 1
+            continue
+        top = likeliest(model, image, meta["classes"], 5)[0]
+        if "json" in given:
+            entries = [{"class": name, "probability": probability} for name, probability in top]
+            print(json.dumps({"picture": str(picture), "top": entries}))
+        else:
+            print(picture, *(f"  {probability:7.2%}  {name}" for name, probability in top), sep="\n")
+    if failures:
+        sys.exit(2)
+
+
+@torch.inference_mode()
+def likeliest(model, images, classes, count):
+    """For each image its `count` likeliest classes as (name, probability), the likeliest first."""
+    probabilities = model.predict(images).float().softmax(dim=1)
+    top = probabilities.topk(min(count, len(classes)))
+    return [[(classes[i], p) for p, i in zip(*row)] for row in zip(top.values.tolist(), top.indices.tolist())]
 
 
 def sentence(error):
@@ -560,6 +667,102 @@ def sentence(error):
     if text.startswith("Caught "):
         text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
     return " ".join(text.split())
+
+
+# ---------------------------------------------------------------------- what a tuned model looks at
+
+PAGE, HEAD, GAP = 1200, 56, 12  # pixels: the page's width, the height of its titles, what is between columns
+DARK_TO_BRIGHT = np.array([(10, 8, 40), (95, 20, 110), (190, 55, 85), (245, 140, 30), (252, 250, 170)])
+ATTENTION = {  # titles of the class token's attention, in the backbone as it was and in the tuned model
+    "sa2vp": ("attention without prompts", "attention with prompts"),
+    "vpt": ("attention without prompts", "attention with prompts"),
+    "linear": ("attention",),
+    "full": ("attention before tuning", "attention after tuning"),
+}
+
+
+def draw_page(model, plain, meta, samples):
+    """--show: a PIL picture 1200 pixels wide, a row for each sample: what it is, what the model looks at, its class."""
+    pictures = [data.open_picture(picture) for picture, _ in samples]
+    show = data.transform(meta["crop"], False, meta["image_size"], meta["mean"], meta["std"])
+    images = torch.stack([show(picture) for picture in pictures]).to(next(model.parameters()).device)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (meta["mean"], meta["std"]))
+    overlays = look(model, plain, meta["method"], images)
+    titles = ["picture", *overlays, "predicted and true class"]
+    side = (PAGE - GAP) // len(titles) - GAP
+
+    tiles = []
+    for i, (picture, (_, label)) in enumerate(zip(pictures, samples)):
+        seen = to_pil_image((images[i].cpu() * std + mean).clamp(0, 1))
+        proportions = seen.size if meta["crop"] else picture.size  # squeezed for the model, but not for the eye
+        size = [max(1, round(side * pixels / max(proportions))) for pixels in proportions]
+        seen = seen.resize(size)
+        tiles.append(seen)
+        for colours, share in overlays.values():
+            colours = Image.fromarray(colours[i]).resize(size, Image.Resampling.NEAREST)  # patches stay squares
+            tiles.append(Image.blend(seen.convert("L").convert("RGB"), colours, share))
+        ((predicted, probability),) = likeliest(model, images[i : i + 1], meta["classes"], 1)[0]
+        true = meta["classes"][label]
+        verdict = (predicted, "forestgreen" if predicted == true else "firebrick")
+        tiles.append(words(side, {f"predicted, {probability:.0%}": verdict, "true": (true, "black")}))
+
+    squares = [pil_to_tensor(ImageOps.pad(tile, (side, side), color="white")) for tile in tiles]
+    grid = to_pil_image(make_grid(squares, nrow=len(titles), padding=GAP, pad_value=255))
+    page = Image.new("RGB", (PAGE, HEAD + grid.height), "white")
+    page.paste(grid, (0, HEAD))
+    for column, title in enumerate(titles):
+        place, text = (GAP + column * (side + GAP) + side / 2, HEAD), textwrap.fill(title, side // 9)
+        ImageDraw.Draw(page).text(place, text, "black", ImageFont.load_default(17), anchor="md", align="center")
+    return page
+
+
+def look(model, plain, method, images):
+    """{title: (colours (B, h, w, 3), their share over the picture)}: what there is to see of a method.
+
+    That is what the class token attends to in the last layer, in the `plain` backbone and in the tuned
+    model, dark to bright on one scale from 0; and for SA2VP how much the prompts change each patch,
+    from the least to the most, and the prompt map, its principal components as colours.
+    """
+    titles = ATTENTION[method]
+    attention = torch.stack([sa2vp.class_attention(network, images) for network in (plain, model)[: len(titles)]])
+    overlays = {title: (heat(a / attention.amax((0, 2, 3))[:, None, None]), 0.6) for title, a in zip(titles, attention)}
+    if method == "sa2vp":
+        strength = sa2vp.prompting_strength(model, images)
+        strength = strength - strength.amin((1, 2), keepdim=True)
+        overlays["change by the prompts"] = heat(strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)), 0.6
+        colours = principal_colours(model.prompt_map()[0, 1:]).reshape(1, *model.prompt_grid, 3)
+        overlays["prompt map, the same for all"] = colours.repeat(len(images), axis=0), 1.0
+    return overlays
+
+
+def heat(values):
+    """Numbers from 0 to 1, of any shape, as colours from dark to bright: (..., 3), uint8."""
+    anchors = np.linspace(0, 1, len(DARK_TO_BRIGHT))
+    channels = [np.interp(values.cpu(), anchors, channel) for channel in DARK_TO_BRIGHT.T]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+@torch.no_grad()
+def principal_colours(tokens):
+    """(N, d) -> (N, 3), uint8: the first three principal components, each from its least to its most."""
+    u, s, _ = torch.linalg.svd((tokens - tokens.mean(dim=0)).cpu(), full_matrices=False)
+    components = F.pad(u * s, (0, 3))[:, :3]
+    components -= components.amin(dim=0)
+    spans = components.amax(dim=0)
+    return (255 * components / spans.clamp(min=1e-3 * spans.max() + 1e-12)).byte().numpy()  # next to nothing stays dark
+
+
+def words(side, entries):
+    """A square of text: {what it is: (a name, its colour)}."""
+    tile = Image.new("RGB", (side, side), "white")
+    pen, y = ImageDraw.Draw(tile), 8
+    for what, (name, colour) in entries.items():
+        lines = textwrap.wrap(name.replace("_", " "), side // 10, max_lines=3, placeholder="...")
+        for line, ink, size in [(what, "grey", 14), *((line, colour, 18) for line in lines)]:
+            pen.text((4, y), line, ink, ImageFont.load_default(size))
+            y += size + 4
+        y += 14
+    return tile
 
 
 # ---------------------------------------------------------------------- what a step costs
@@ -642,8 +845,6 @@ def bench(given, root, workers, device, compiled, rounds=7):
     The rows take turns, so that a noisy machine is noisy for all of them: a row's ratio is the median of
     its ratios to the first row in the same round.
     """
-    for name in given.keys() - {"weights", "batch_size"}:
-        raise ValueError(f"--{name.replace('_', '-')} has no part in --bench")
     batch_size = given.get("batch_size", 64 if device.type == "cuda" else 8)
     common = (given.get("weights"), batch_size, device, compiled)
     vit = load_vit(given["weights"]) if "weights" in given else VisionTransformer()  # says so if it cannot be read
@@ -708,17 +909,20 @@ def save_whole(path, content):
 
 
 def torch_bytes(content):
+    """What torch.save would write."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
 
 
 def save_checkpoint(path, model, meta, **more):
-    trained = {name: tensor.detach().cpu() for name, tensor in sa2vp.trained_parameters(model).items()}
+    """Writes a best.pt or last.pt: `meta`, `more`, and what tells the model from its backbone."""
+    trained = {name: tensor.detach().cpu() for name, tensor in sa2vp.tuned_parameters(model).items()}
     save_whole(path, torch_bytes({**meta, **more, "trained": trained}))
 
 
 def save_table(path, rows):
+    """Writes rows (dicts of the same keys) as CSV."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
@@ -729,8 +933,21 @@ def save_table(path, rows):
 # ---------------------------------------------------------------------- the command line
 
 
+def check_parts(given):
+    """ValueError for a flag that has no part in what is asked for."""
+    for asked, parts in PARTS.items():
+        for name in given.keys() - {asked, "gpu", "cpu", *parts} if asked in given else ():
+            raise ValueError(f"--{name.replace('_', '-')} has no part in --{asked}")
+    for name, asked in ("show", "eval"), ("json", "predict"):
+        if name in given and asked not in given:
+            raise ValueError(f"--{name} goes with --{asked}")
+
+
 class CommandLine(argparse.ArgumentParser):
-    def error(self, message):  # one sentence, as for every other bad input, without the usage
+    """A parser whose errors are one sentence, as for every other bad input, without the usage."""
+
+    def error(self, message):
+        """Raises ValueError."""
         raise ValueError(message)
 
 
@@ -761,6 +978,7 @@ def written(pattern, what, read):
 
 
 def command_line():
+    """The parser. Settings that are not given stay away, for the data set's row and the recipe to fill in."""
     count = number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10_000)
     natural = number(int, "a whole number from 0 to 4294967295", lambda n: 0 <= n < 2**32)
     positive = number(float, "a number above 0", lambda x: 0 < x < math.inf)
@@ -771,20 +989,19 @@ def command_line():
         lambda text: () if text == "none" else tuple(map(int, text.split(","))),
     )  # fmt: skip
     grid = written(
-        r"[1-9]\d?x[1-9]\d?", "a height and width such as 7x7", lambda text: tuple(map(int, text.split("x")))
-    )
+        r"half|[1-9]\d?x[1-9]\d?", "a height and width such as 7x7, or half",
+        lambda text: text if text == "half" else tuple(map(int, text.split("x"))),
+    )  # fmt: skip
     window = written(
         r"none|\d{0,3}[13579]", "an odd number such as 3, or none", lambda text: None if text == "none" else int(text)
     )
 
-    # Settings that are not given stay away, so that the data set's row and the recipe can fill them in.
     line = CommandLine(
         prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
     add = line.add_argument
     groups = ", ".join(data.GROUPS)
     add("--data", metavar="NAME|PATH", help=f"a name from --list, a group ({groups}), or a folder; default shapes")
-    add("--list", action="store_true", help="print the data sets and their settings")
     add("--root", metavar="PATH", type=Path, help="where data sets are kept; default data")
     add("--weights", metavar="imagenet21k|PATH", help="the backbone's; default imagenet21k, for shapes its own")
     device = line.add_mutually_exclusive_group()
@@ -800,9 +1017,10 @@ def command_line():
     add("--scale", type=weight, help="s, the weight of a prompting message")
     add("--dropout", type=share)
     add("--window", type=window, metavar="3|none", help="side of the aligned neighbourhood")
-    add("--prompt-grid", type=grid, metavar="7x7", help="size of the prompt map; default the image's grid")
+    add("--prompt-grid", type=grid, metavar="7x7|half", help="size of the prompt map; default the image's grid")
     add("--distill-layers", type=layers, metavar="0,4,8|none", help="D; default every fourth")
     add("--fusion-layers", type=layers, metavar="4,8|none", help="F, a subset of D; default D without 0")
+    add("--freeze-adapters", action="store_true", help="leave the adapters as they were drawn")
     seed = line.add_mutually_exclusive_group()
     seed.add_argument("--seed", type=natural, help="default 42")
     seed.add_argument("--seeds", type=natural, nargs="+", metavar="N", help="repeat with each: mean and deviation")
@@ -810,9 +1028,17 @@ def command_line():
     add("--workers", type=natural, help="processes that load pictures")
     add("--out", type=Path, metavar="PATH", help="the run's folder; default runs/<data>-<method>")
     add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
+    add = line.add_argument_group("instead of one run").add_mutually_exclusive_group().add_argument
+    add("--list", action="store_true", help="print the data sets and their settings")
+    add("--ablate", action="store_true", help="run the paper's ablations, one after another, and print their table")
     add("--bench", action="store_true", help="print what a step costs beside the frozen encoder; writes nothing")
     add("--eval", type=Path, metavar="CHECKPOINT", help="print the test accuracy of a best.pt again")
-    add("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
+    add("--predict", type=Path, nargs="+", metavar=("CHECKPOINT", "PICTURE"),
+        help="print the five likeliest classes of each picture; of a folder, of all pictures in it")  # fmt: skip
+    add = line.add_argument_group("with those").add_argument
+    add("--show", type=count, metavar="N", help="with --eval: draw what the model sees in N test pictures, show.png")
+    add("--json", action="store_true", help="with --predict: print a JSON object per picture")
     return line
 
 

@@ -55,6 +55,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """An encoder layer's two-layer perceptron, d -> hidden -> d for each token, with exact (erf) GELU."""
+
     def __init__(self, dim, hidden, dropout):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -62,11 +64,12 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x):
+        """(B, T, d) -> (B, T, d)."""
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):
-    """One pre-norm encoder layer: x + attention, then x + MLP."""
+    """One pre-norm encoder layer, T_i: x + attention(LN1(x)), then x + MLP(LN2(x))."""
 
     def __init__(self, dim, heads, hidden, dropout):
         super().__init__()
@@ -88,17 +91,19 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def forward(self, x):
+        """(B, T, d) -> (B, T, d)."""
         return self.finish(x, *self.qkv(x))
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and projects each: (B, 3, H, W) -> (B, N, d), row by row."""
+    """Cuts images into patches, row by row, and projects each to the width d; sizes are in pixels."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images):
+        """(B, 3, H, W) -> (B, N, d)."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
@@ -137,6 +142,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def dim(self):
+        """d, the width of a token."""
         return self.cls_token.size(-1)
 
     def embed(self, images):
@@ -148,6 +154,7 @@ class VisionTransformer(nn.Module):
         return self.drop(torch.cat([cls, patches], dim=1) + self.pos_embed)
 
     def forward(self, images):
+        """(B, 3, H, W) -> (B, dim); ValueError for images of another size."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
