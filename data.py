@@ -387,12 +387,15 @@ def find_pictures(paths):
     """The files among the paths, and for each folder all pictures below it, by name; FileNotFoundError for none."""
     found = []
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path]
-        if not inside:
-            raise FileNotFoundError(f"there are no pictures in {path}")
-        if not inside[0].exists():
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+            if not inside:
+                raise FileNotFoundError(f"there are no pictures in {path}")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
             raise FileNotFoundError(f"there is no picture {path}")
-        found += inside
     return found
 
 
@@ -531,7 +534,7 @@ ROWS = (
     DataSet("hta/food101",             101, *FOOD101,  64, 0.1),
     DataSet("hta/gtsrb",                43, *GTSRB,    64, 0.1),
     DataSet("hta/svhn",                 10, *SVHN,     64, 0.1),
-    DataSet("shapes",                    8, *TARGET,   16, 1.0, **DRAWN, dropout=0.0, epochs=30, lr=TARGET_LR),
+    DataSet("shapes",                    8, *TARGET,   16, 1.0, 32, TARGET_LR, dropout=0.0, epochs=30, **DRAWN),
     DataSet("shapes-source",            16, *SOURCE,   16, 1.0, **DRAWN),
 )  # fmt: skip
 TABLE = {row.name: row for row in ROWS}

@@ -14,8 +14,9 @@ every layer one pathway speaks to the other, each token just to the tokens at it
     (7)  i in F:      fusion = g_i * T_i(p_i W_i + b_i)
     (8)  loss = 0.8 CE(head(LN(B_L)[cls]), y) + 0.2 CE(head(LN(P_L)[cls]), y)
 
-The numbers are this project's own. In comments: B images, T = 1 + N tokens of the receiving
-pathway (T' of the giving one), d the encoder's width, r the inner dimension.
+The numbers are this project's own. In training B_0 and P_0 pass through dropout too. In comments: B
+images, T = 1 + N tokens of the receiving pathway (T' of the giving one), d the encoder's width, r the
+inner dimension.
 
 The classes in this order: PromptMap (2), SpatiallyAlignedCrossAttention (3), PromptAdapter (4),
 BilateralInteraction (5, 6) with InterLayerPromptFusion (7), and SA2VP, which is all of it; then the
@@ -149,7 +150,8 @@ class SA2VP(nn.Module):
     num_classes    outputs of the head that both pathways share
     inner_dim      r, the rank of the prompt maps and the width inside the adapters
     scale          s, the weight of a prompting message
-    dropout        share of zeros, in training, in both pathways, the encoder's MLPs and the adapters
+    dropout        share of zeros, in training, in both pathways, the encoder's MLPs, the cross
+                   attention and the adapters
     window         side of the aligned neighbourhood in cells, odd; None lets every token attend to all
     prompt_grid    (h', w') of a scaled prompt map; None is the image's own grid
     distill_layers D, where the base pathway speaks to the prompt pathway; by default every fourth from
@@ -276,6 +278,11 @@ class VPTDeep(nn.Module):
 
 METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "linear": LinearProbe, "full": FullFineTuning}
 
+# What a checkpoint holds, at the least.
+CHECKPOINT = set(
+    "trained method options classes settings weights fingerprint heads image_size crop mean std root".split()
+)
+
 
 def two_pathway_loss(logits, labels):
     """Eq. (8) for (base_logits, prompt_logits); plain cross-entropy for a baseline's (logits,).
@@ -290,9 +297,9 @@ def aligned_neighbourhood(grid, other_grid, window):
     """N(t) as a boolean matrix (1 + h w, 1 + h' w'): may token t attend to token u of the other map?
 
     A patch token sees the tokens whose cell centre lies less than window / 2 cells away in y and in x,
-    a cell being the larger of the two grids', and not the class token; the class token sees all. At
-    equal sizes and window 3 that is the 3x3 neighbourhood, cut off at the border. ValueError if the
-    window is not odd and positive, or a neighbourhood is empty.
+    a cell being one of the coarser grid, and not the class token; the class token sees all. At equal
+    sizes and window 3 that is the 3x3 neighbourhood, cut off at the border. ValueError if the window is
+    not odd and positive, or a neighbourhood is empty.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window {window} must be odd and positive, or none")
@@ -323,11 +330,8 @@ def trained_parameters(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def tuned_parameters(model):
-    """Name -> parameter of all that tells the tuned model from its backbone: megabytes where that has hundreds.
-
-    These are the trained ones, and adapters that were left as they were drawn.
-    """
+def saved_parameters(model):
+    """Name -> parameter of all but a frozen backbone, for a checkpoint: megabytes where that has hundreds."""
     parameters = model.named_parameters()
     return {name: parameter for name, parameter in parameters if parameter.requires_grad or name[:4] != "vit."}
 
@@ -355,11 +359,10 @@ def watched(model, images, modules):
 
 @torch.inference_mode()
 def class_attention(model, images):
-    """What the class token attends to in the last layer: (B, 3, H, W) -> (B, h, w), shares of its attention.
+    """What the class token attends to in the last layer's self attention: (B, 3, H, W) -> (B, h, w), mean over heads.
 
-    Of the base pathway, mean over the heads. `model` is a method or a bare VisionTransformer, in
-    evaluation mode. The shares of a picture sum up to 1 less what falls on the class token itself
-    and, in VPT, on the prompts.
+    Of SA2VP, in the base pathway. `model` is a method or a bare VisionTransformer, in evaluation mode.
+    A picture's shares sum up to 1, less what falls on the class token itself and, in VPT, on the prompts.
     """
     vit = getattr(model, "vit", model)
     layer = vit.blocks[-1]
@@ -398,7 +401,10 @@ def load(path, weights=None):
     if vit.fingerprint() != meta["fingerprint"]:
         raise ValueError(f"{path} was tuned on another backbone than {weights}")
     model = METHODS[meta["method"]](vit, len(meta["classes"]), **meta["options"])
-    load_trained(model, trained)
+    try:
+        load_trained(model, trained)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return model.eval(), meta
 
 
@@ -410,14 +416,14 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this project") from error
-    if not isinstance(saved, dict) or not {"trained", "method", "fingerprint"} <= saved.keys():
+    if not isinstance(saved, dict) or not CHECKPOINT <= saved.keys() or saved["method"] not in METHODS:
         raise ValueError(f"{path} is no checkpoint of this project")
     return saved
 
 
 def load_trained(model, tensors):
     """Puts trained parameters back into a model of the same shape; ValueError names what does not fit."""
-    check_exactly(tuned_parameters(model), tensors)
+    check_exactly(saved_parameters(model), tensors)
     model.load_state_dict(tensors, strict=False)
 
 

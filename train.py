@@ -12,12 +12,13 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shlex
 import statistics
 import sys
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,7 @@ PARTS = {
     "predict": ("weights", "json"),
 }
 
-BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError)  # what ends in one sentence and exit code 2
+BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError, BrokenProcessPool)  # ends in one sentence and exit code 2
 
 
 def main(argv=None):
@@ -216,7 +217,7 @@ def fit(settings, out, root, workers, device, compiled):
             "seconds": sum(epoch["seconds"] for epoch in history),
             "seed": settings["seed"],
         }
-        save_whole(out / "result.json", json.dumps(result, indent=2).encode())
+        save_whole(out / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
     result = json.loads((out / "result.json").read_text())
     say(f"test {percent(result['accuracy'], result['prompt_accuracy'])} with epoch {result['best_epoch']}, "
         f"trained for {result['seconds']:.0f} s")  # fmt: skip
@@ -401,15 +402,18 @@ def run_all(jobs, out, tabulate, file, **place):
     rows = tabulate(results)
     save_table(out / file, rows)
     print_table(rows)
+    if failures:
+        sys.exit(2)
 
 
 def accuracies(runs):
-    """Of each result.json; what --tune leaves untested counts by validation."""
-    return [run["val_accuracy"] if run["accuracy"] is None else run["accuracy"] for run in runs]
+    """{seed: accuracy} of some result.json; what --tune leaves untested counts by validation."""
+    return {run["seed"]: run["val_accuracy"] if run["accuracy"] is None else run["accuracy"] for run in runs}
 
 
 def spread(values):
     """Mean and standard deviation over seeds, for a row of a table."""
+    values = list(values)
     return {
         "accuracy": statistics.mean(values) if values else None,
         "std": statistics.stdev(values) if len(values) > 1 else None,
@@ -417,14 +421,14 @@ def spread(values):
 
 
 def ablation_table(results):
-    """{variant: its result.json for each seed} -> rows: accuracy, and how far that is from the full method's."""
-    full, rows = spread(accuracies(results["full-method"]))["accuracy"], []
+    """{variant: its result.json for each seed} -> rows: accuracy, and its change from the full method's."""
+    rows, full = [], accuracies(results["full-method"])
     for name, runs in results.items():
-        row = {"variant": name, **spread(accuracies(runs)), "change": None, "trainable": None}
-        if runs:
-            row["trainable"] = runs[0]["trainable"]
-            row["change"] = None if full is None else row["accuracy"] - full
-        rows.append(row)
+        found = accuracies(runs)
+        changes = [found[seed] - full[seed] for seed in found.keys() & full.keys()]
+        trainable = runs[0]["trainable"] if runs else None
+        change = statistics.mean(changes) if changes else None
+        rows.append({"variant": name, **spread(found.values()), "change": change, "trainable": trainable})
     return rows
 
 
@@ -440,7 +444,7 @@ def group_table(results):
         rows.append({"data": name, **spread(values), "published": published.get(name), "trainable": trainable})
 
     for name, runs in results.items():
-        add(name, accuracies(runs), runs[0]["trainable"] if runs else None)
+        add(name, list(accuracies(runs).values()), runs[0]["trainable"] if runs else None)
     for group, members in data.GROUPS.items():
         if set(members) <= results.keys():
             parts = [part for part in data.GROUPS if part.startswith(f"{group}/")] or members  # VTAB: mean of its three
@@ -560,13 +564,13 @@ def pretrain_small_vit(**place):
     if not SMALL_VIT_FILE.exists():
         say(f"pre-training a small ViT on single shapes (once; kept as {SMALL_VIT_FILE})")
         model = fit(PRETRAINING, SMALL_VIT_FILE.parent, **place)
-        save_whole(SMALL_VIT_FILE, torch_bytes({"model": model.vit.cpu().state_dict()}))
+        save_whole(SMALL_VIT_FILE, partial(torch.save, {"model": model.vit.cpu().state_dict()}))
         say()
 
 
 def loader_for(samples, row, meta, workers, shuffle_seed=None):
     """The samples as the model takes them, in batches; shuffled and augmented if there is a `shuffle_seed`."""
-    show = data.transform(row.crop, shuffle_seed is not None, meta["image_size"], meta["mean"], meta["std"])
+    show = data.transform(meta["crop"], shuffle_seed is not None, meta["image_size"], meta["mean"], meta["std"])
     if workers is None:
         workers = 0 if row.drawn else min(8, max(1, os.cpu_count() // world_size()))
     batch_size, share = max(meta["settings"]["batch_size"], world_size()), (rank(), world_size())
@@ -590,7 +594,7 @@ def holds_run(out):
 def resumed_run(out, given, root):
     """The settings and the root of the run in `out`; ValueError if a setting that is given now is another."""
     if not (out / "last.pt").exists():
-        raise ValueError(f"{out} holds no run to resume (a group is resumed with its --data and --seeds)")
+        raise ValueError(f"{out} holds no run to resume (several runs are resumed with the flags that began them)")
     last = sa2vp.read_checkpoint(out / "last.pt")
     if not {"optimizer", "history"} <= last.keys():
         raise ValueError(f"{out / 'last.pt'} is not what a run goes on from")
@@ -616,12 +620,12 @@ def evaluate_checkpoint(path, given, root, workers, device, compiled):
     accuracy, prompt_accuracy = evaluate(network, test, device, fill=compiled)
     say(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
     if "show" in given:
-        chosen = np.linspace(0, len(splits.test) - 1, min(given["show"], len(splits.test))).round().astype(int)
-        plain = load_vit(given.get("weights") or meta["weights"], meta["image_size"], meta["heads"]).to(device).eval()
-        page = draw_page(model, plain, meta, [splits.test[i] for i in chosen])
-        content = io.BytesIO()
-        page.save(content, "png")
-        save_whole(path.with_name("show.png"), content.getvalue())
+        some = np.linspace(0, len(splits.test) - 1, min(given["show"], len(splits.test))).round().astype(int)
+        plain, weights = model.vit, given.get("weights") or meta["weights"]
+        if meta["method"] == "full":  # which has tuned its own
+            plain = load_vit(weights, meta["image_size"], meta["heads"]).to(device).eval()
+        page = draw_page(model, plain, meta, [splits.test[i] for i in some])
+        save_whole(path.with_name("show.png"), partial(page.save, format="png"))
         say(f"wrote {path.with_name('show.png')}")
 
 
@@ -646,9 +650,9 @@ def predict(path, *pictures, given, device):
         top = likeliest(model, image, meta["classes"], 5)[0]
         if "json" in given:
             entries = [{"class": name, "probability": probability} for name, probability in top]
-            print(json.dumps({"picture": str(picture), "top": entries}))
+            say(json.dumps({"picture": str(picture), "top": entries}))
         else:
-            print(picture, *(f"  {probability:7.2%}  {name}" for name, probability in top), sep="\n")
+            say("\n".join([str(picture), *(f"  {probability:7.2%}  {name}" for name, probability in top)]))
     if failures:
         sys.exit(2)
 
@@ -656,7 +660,8 @@ def predict(path, *pictures, given, device):
 @torch.inference_mode()
 def likeliest(model, images, classes, count):
     """For each image its `count` likeliest classes as (name, probability), the likeliest first."""
-    probabilities = model.predict(images).float().softmax(dim=1)
+    with autocast(images.device):
+        probabilities = model.predict(images).float().softmax(dim=1)
     top = probabilities.topk(min(count, len(classes)))
     return [[(classes[i], p) for p, i in zip(*row)] for row in zip(top.values.tolist(), top.indices.tolist())]
 
@@ -673,12 +678,6 @@ def sentence(error):
 
 PAGE, HEAD, GAP = 1200, 56, 12  # pixels: the page's width, the height of its titles, what is between columns
 DARK_TO_BRIGHT = np.array([(10, 8, 40), (95, 20, 110), (190, 55, 85), (245, 140, 30), (252, 250, 170)])
-ATTENTION = {  # titles of the class token's attention, in the backbone as it was and in the tuned model
-    "sa2vp": ("attention without prompts", "attention with prompts"),
-    "vpt": ("attention without prompts", "attention with prompts"),
-    "linear": ("attention",),
-    "full": ("attention before tuning", "attention after tuning"),
-}
 
 
 def draw_page(model, plain, meta, samples):
@@ -723,9 +722,11 @@ def look(model, plain, method, images):
     model, dark to bright on one scale from 0; and for SA2VP how much the prompts change each patch,
     from the least to the most, and the prompt map, its principal components as colours.
     """
-    titles = ATTENTION[method]
-    attention = torch.stack([sa2vp.class_attention(network, images) for network in (plain, model)[: len(titles)]])
-    overlays = {title: (heat(a / attention.amax((0, 2, 3))[:, None, None]), 0.6) for title, a in zip(titles, attention)}
+    states = {"linear": [""], "full": [" before tuning", " after tuning"]}
+    states = states.get(method, [" without prompts", " with prompts"])
+    attention = torch.stack([sa2vp.class_attention(network, images) for _, network in zip(states, (plain, model))])
+    attention = attention / attention.amax((0, 2, 3))[:, None, None].clamp(min=1e-12)
+    overlays = {f"attention{state}": (heat(values), 0.6) for state, values in zip(states, attention)}
     if method == "sa2vp":
         strength = sa2vp.prompting_strength(model, images)
         strength = strength - strength.amin((1, 2), keepdim=True)
@@ -749,7 +750,8 @@ def principal_colours(tokens):
     components = F.pad(u * s, (0, 3))[:, :3]
     components -= components.amin(dim=0)
     spans = components.amax(dim=0)
-    return (255 * components / spans.clamp(min=1e-3 * spans.max() + 1e-12)).byte().numpy()  # next to nothing stays dark
+    components = components / spans.clamp(min=1e-3 * spans.max() + 1e-12)  # what is next to nothing stays dark
+    return (255 * components).round().byte().numpy()
 
 
 def words(side, entries):
@@ -824,19 +826,15 @@ def bench_step(name, weights, batch_size, device, compiled):
     return step
 
 
-def bench_memory(report, *row):
-    """Sends the peak memory of two steps of a row, in MB: the allocator's on CUDA, else this process's own."""
-    device = row[3]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    step = bench_step(*row)
+def bench_memory(*row):
+    """The peak memory of two steps of a row, in MB: the allocator's on CUDA, else this process's own."""
+    step, device = bench_step(*row), row[3]
     step(), step()
     if device.type == "cuda":
-        report(torch.cuda.max_memory_allocated(device) / 2**20)
-    else:
-        import resource  # not there on Windows
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not there on Windows
 
-        report(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def bench(given, root, workers, device, compiled, rounds=7):
@@ -849,17 +847,9 @@ def bench(given, root, workers, device, compiled, rounds=7):
     common = (given.get("weights"), batch_size, device, compiled)
     vit = load_vit(given["weights"]) if "weights" in given else VisionTransformer()  # says so if it cannot be read
     peaks = {}
-    for name in BENCH_ROWS:
-        if device.type == "cuda":
-            bench_memory(partial(peaks.__setitem__, name), name, *common)
-            torch.cuda.empty_cache()
-        else:  # a process of its own, whose peak is the row's
-            receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
-            process = multiprocessing.get_context("spawn").Process(target=bench_memory, args=(send.send, name, *common))
-            process.start()
-            send.close()  # so that a child that dies ends the waiting
-            peaks[name] = receive.recv()
-            process.join()
+    for name in BENCH_ROWS:  # each in a process of its own, whose peak is the row's
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            peaks[name] = process.submit(bench_memory, name, *common).result()
 
     times = {name: [] for name in BENCH_ROWS}
     steps = {name: bench_step(name, *common) for name in BENCH_ROWS}
@@ -891,8 +881,8 @@ def bench(given, root, workers, device, compiled, rounds=7):
 # ---------------------------------------------------------------------- files
 
 
-def save_whole(path, content):
-    """Writes bytes so that the file is there whole or, whatever happens meanwhile, as it was before.
+def save_whole(path, write):
+    """Has `write(file)` fill a file that is there whole or, whatever happens meanwhile, as it was before.
 
     Of several processes the first writes, and the others wait for it.
     """
@@ -900,7 +890,7 @@ def save_whole(path, content):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         with open(part, "wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -908,26 +898,23 @@ def save_whole(path, content):
         dist.barrier()
 
 
-def torch_bytes(content):
-    """What torch.save would write."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
 def save_checkpoint(path, model, meta, **more):
     """Writes a best.pt or last.pt: `meta`, `more`, and what tells the model from its backbone."""
-    trained = {name: tensor.detach().cpu() for name, tensor in sa2vp.tuned_parameters(model).items()}
-    save_whole(path, torch_bytes({**meta, **more, "trained": trained}))
+    trained = {name: tensor.detach().cpu() for name, tensor in sa2vp.saved_parameters(model).items()}
+    save_whole(path, partial(torch.save, {**meta, **more, "trained": trained}))
 
 
 def save_table(path, rows):
     """Writes rows (dicts of the same keys) as CSV."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    save_whole(path, text.getvalue().encode())
+
+    def write(file):
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        text.detach()  # flushes
+
+    save_whole(path, write)
 
 
 # ---------------------------------------------------------------------- the command line
@@ -951,50 +938,40 @@ class CommandLine(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def number(kind, what, fits):
-    """A type for argparse: a number that `fits`; else the message says `what` it has to be."""
+def value(read, what, fits):
+    """A type for argparse: how a text is `read`, and if that `fits`; else the message says `what` it has to be."""
 
     def parse(text):
         try:
-            value = kind(text)
+            if fits(found := read(text)):
+                return found
         except ValueError:
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
-        return value
+            pass
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
     return parse
 
 
-def written(pattern, what, read):
-    """A type for argparse: a text of that pattern, and how it is `read`."""
-
-    def parse(text):
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
-        return read(text)
-
-    return parse
+def numbers(text, between):
+    """Whole numbers, and what stands `between` them; "none" is no number."""
+    return () if text == "none" else tuple(map(int, text.split(between)))
 
 
 def command_line():
     """The parser. Settings that are not given stay away, for the data set's row and the recipe to fill in."""
-    count = number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10_000)
-    natural = number(int, "a whole number from 0 to 4294967295", lambda n: 0 <= n < 2**32)
-    positive = number(float, "a number above 0", lambda x: 0 < x < math.inf)
-    weight = number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
-    share = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-    layers = written(
-        r"none|\d{1,4}(,\d{1,4})*", "a list of layers such as 0,4,8, or none",
-        lambda text: () if text == "none" else tuple(map(int, text.split(","))),
-    )  # fmt: skip
-    grid = written(
-        r"half|[1-9]\d?x[1-9]\d?", "a height and width such as 7x7, or half",
-        lambda text: text if text == "half" else tuple(map(int, text.split("x"))),
-    )  # fmt: skip
-    window = written(
-        r"none|\d{0,3}[13579]", "an odd number such as 3, or none", lambda text: None if text == "none" else int(text)
-    )
+    count = value(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10_000)
+    few = value(int, "a whole number from 1 to 100", lambda n: 1 <= n <= 100)
+    workers = value(int, "a whole number from 0 to 100", lambda n: 0 <= n <= 100)
+    natural = value(int, "a whole number from 0 to 4294967295", lambda n: 0 <= n < 2**32)
+    positive = value(float, "a number above 0", lambda x: 0 < x < math.inf)
+    weight = value(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
+    share = value(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
+    layers = value(partial(numbers, between=","), "a list of layers such as 0,4,8, or none",
+                   lambda found: all(i >= 0 for i in found))  # fmt: skip
+    grid = value(lambda text: text if text == "half" else numbers(text, "x"), "a height and width such as 7x7, or half",
+                 lambda found: found == "half" or len(found) == 2 and 0 < min(found) <= max(found) < 100)  # fmt: skip
+    window = value(lambda text: None if text == "none" else int(text), "an odd number such as 3, or none",
+                   lambda side: side is None or 0 < side < 10_000 and side % 2)  # fmt: skip
 
     line = CommandLine(
         prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
@@ -1025,7 +1002,7 @@ def command_line():
     seed.add_argument("--seed", type=natural, help="default 42")
     seed.add_argument("--seeds", type=natural, nargs="+", metavar="N", help="repeat with each: mean and deviation")
     add("--tune", action="store_true", help="VTAB-1k: train on train800, report val200, leave the test data alone")
-    add("--workers", type=natural, help="processes that load pictures")
+    add("--workers", type=workers, help="processes that load pictures")
     add("--out", type=Path, metavar="PATH", help="the run's folder; default runs/<data>-<method>")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
@@ -1037,7 +1014,7 @@ def command_line():
     add("--predict", type=Path, nargs="+", metavar=("CHECKPOINT", "PICTURE"),
         help="print the five likeliest classes of each picture; of a folder, of all pictures in it")  # fmt: skip
     add = line.add_argument_group("with those").add_argument
-    add("--show", type=count, metavar="N", help="with --eval: draw what the model sees in N test pictures, show.png")
+    add("--show", type=few, metavar="N", help="with --eval: draw what the model sees in N test pictures, show.png")
     add("--json", action="store_true", help="with --predict: print a JSON object per picture")
     return line
 
