@@ -400,10 +400,10 @@ def load(path, weights=None):
     vit = load_vit(weights, meta["image_size"], meta["heads"], meta["mean"], meta["std"])
     if vit.fingerprint() != meta["fingerprint"]:
         raise ValueError(f"{path} was tuned on another backbone than {weights}")
-    model = METHODS[meta["method"]](vit, len(meta["classes"]), **meta["options"])
     try:
+        model = METHODS[meta["method"]](vit, len(meta["classes"]), **meta["options"])
         load_trained(model, trained)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # options or tensors that the method has not
         raise ValueError(f"{path}: {error}") from None
     return model.eval(), meta
 
@@ -416,7 +416,8 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of this project") from error
-    if not isinstance(saved, dict) or not CHECKPOINT <= saved.keys() or saved["method"] not in METHODS:
+    complete = isinstance(saved, dict) and CHECKPOINT <= saved.keys()
+    if not complete or saved["method"] not in METHODS or not isinstance(saved["trained"], dict):
         raise ValueError(f"{path} is no checkpoint of this project")
     return saved
 

@@ -1002,7 +1002,7 @@ def test_a_checkpoint_that_lacks_something_is_refused_by_name(run, capsys):
     out = run(epochs=1)
     whole = torch.load(out / "best.pt", weights_only=True)
     capsys.readouterr()
-    for change in ({"method": "magic"}, {"settings": None}, {"trained": {}}):
+    for change in ({"method": "magic"}, {"settings": None}, {"trained": {}}, {"trained": 1}, {"options": {"magic": 1}}):
         damaged = {name: value for name, value in (whole | change).items() if value is not None}
         torch.save(damaged, out / "damaged.pt")
         assert "damaged.pt" in refusal(capsys, ["--eval", out / "damaged.pt", "--cpu"])

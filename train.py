@@ -690,8 +690,8 @@ def draw_page(model, plain, meta, samples):
     titles = ["picture", *overlays, "predicted and true class"]
     side = (PAGE - GAP) // len(titles) - GAP
 
-    tiles = []
-    for i, (picture, (_, label)) in enumerate(zip(pictures, samples)):
+    tiles, predictions = [], likeliest(model, images, meta["classes"], 1)
+    for i, (picture, (_, label), ((predicted, probability),)) in enumerate(zip(pictures, samples, predictions)):
         seen = to_pil_image((images[i].cpu() * std + mean).clamp(0, 1))
         proportions = seen.size if meta["crop"] else picture.size  # squeezed for the model, but not for the eye
         size = [max(1, round(side * pixels / max(proportions))) for pixels in proportions]
@@ -700,7 +700,6 @@ def draw_page(model, plain, meta, samples):
         for colours, share in overlays.values():
             colours = Image.fromarray(colours[i]).resize(size, Image.Resampling.NEAREST)  # patches stay squares
             tiles.append(Image.blend(seen.convert("L").convert("RGB"), colours, share))
-        ((predicted, probability),) = likeliest(model, images[i : i + 1], meta["classes"], 1)[0]
         true = meta["classes"][label]
         verdict = (predicted, "forestgreen" if predicted == true else "firebrick")
         tiles.append(words(side, {f"predicted, {probability:.0%}": verdict, "true": (true, "black")}))
