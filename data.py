@@ -491,7 +491,7 @@ SVHN = known("SVHN", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers",
 TARGET = drawn(where_is_blue, DIRECTIONS, 1000, 400, 1000), "drawn by the program"
 SOURCE = drawn(what_and_which_colour, KINDS, 8000, 400, 400), "drawn by the program"
 
-TARGET_LR = {"sa2vp": 1e-2, "vpt": 3e-3, "linear": 1e-2, "full": 3e-3}  # searched on validation data
+TARGET_LR = {"sa2vp": 1e-2, "vpt": 1e-2, "linear": 1e-2, "full": 1e-3}  # searched on validation data
 
 FGVC = dict(crop=True)
 NATURAL, OTHERS = dict(vtab=True), dict(vtab=True, batch_size=40)
