@@ -718,14 +718,14 @@ def look(model, plain, method, images):
     """{title: (colours (B, h, w, 3), their share over the picture)}: what there is to see of a method.
 
     That is what the class token attends to in the last layer, in the `plain` backbone and in the tuned
-    model, dark to bright on one scale from 0; and for SA2VP how much the prompts change each patch,
-    from the least to the most, and the prompt map, its principal components as colours.
+    model, dark to bright by its square root, on one scale; and for SA2VP how much the prompts change
+    each patch, from the least to the most, and the prompt map, its principal components as colours.
     """
     states = {"linear": [""], "full": [" before tuning", " after tuning"]}
     states = states.get(method, [" without prompts", " with prompts"])
     attention = torch.stack([sa2vp.class_attention(network, images) for _, network in zip(states, (plain, model))])
     attention = attention / attention.amax((0, 2, 3))[:, None, None].clamp(min=1e-12)
-    overlays = {f"attention{state}": (heat(values), 0.6) for state, values in zip(states, attention)}
+    overlays = {f"attention{state}": (heat(values.sqrt()), 0.6) for state, values in zip(states, attention)}
     if method == "sa2vp":
         strength = sa2vp.prompting_strength(model, images)
         strength = strength - strength.amin((1, 2), keepdim=True)
