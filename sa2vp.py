@@ -332,8 +332,7 @@ def trained_parameters(model):
 
 def saved_parameters(model):
     """Name -> parameter of all but a frozen backbone, for a checkpoint: megabytes where that has hundreds."""
-    parameters = model.named_parameters()
-    return {name: parameter for name, parameter in parameters if parameter.requires_grad or name[:4] != "vit."}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or not name.startswith("vit.")}
 
 
 def count_trained(model):

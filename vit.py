@@ -69,7 +69,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm encoder layer, T_i: x + attention(LN1(x)), then x + MLP(LN2(x))."""
+    """One pre-norm encoder layer: x + attention(LN1(x)), then x + MLP(LN2(x))."""
 
     def __init__(self, dim, heads, hidden, dropout):
         super().__init__()
