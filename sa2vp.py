@@ -2,7 +2,8 @@
 
 Two pathways run through the same frozen encoder layers T_i: the base pathway B carries the image
 tokens, the prompt pathway P a learned two-dimensional map of prompt tokens, one for each patch. In
-every layer one pathway speaks to the other, each token just to the tokens at its own place.
+every layer one pathway speaks to the other, each token just to the tokens at its own place, and to
+the class token.
 
     (1)  B_0 = [cls ; patches(I)] + E_pos
     (2)  P_0 = p W_p + b_p + E_pos
@@ -14,9 +15,9 @@ every layer one pathway speaks to the other, each token just to the tokens at it
     (7)  i in F:      fusion = g_i * T_i(p_i W_i + b_i)
     (8)  loss = 0.8 CE(head(LN(B_L)[cls]), y) + 0.2 CE(head(LN(P_L)[cls]), y)
 
-The numbers are this project's own. In training B_0 and P_0 pass through dropout too. In comments: B
-images, T = 1 + N tokens of the receiving pathway (T' of the giving one), d the encoder's width, r the
-inner dimension.
+The numbers are this project's own. In training B_0, P_0 and the MLPs inside T_i have dropout too. In
+comments: B images, T = 1 + N tokens of the receiving pathway (T' of the giving one), d the encoder's
+width, r the inner dimension.
 
 The classes in this order: PromptMap (2), SpatiallyAlignedCrossAttention (3), PromptAdapter (4),
 BilateralInteraction (5, 6) with InterLayerPromptFusion (7), and SA2VP, which is all of it; then the
@@ -117,10 +118,10 @@ class BilateralInteraction(nn.Module):
         self.scale, self.distills, self.last = scale, distills, last
 
     def forward(self, layer, base, prompt, predict=False):
-        """B_i (B, T, d), P_i (B, T', d) -> B_{i+1}, P_{i+1}; to `predict`, the last layer's P is left out: None.
+        """B_i (B, 1 + N, d), P_i (B, 1 + h' w', d) -> B_{i+1}, P_{i+1}; to `predict`, the last layer's P is None.
 
         The q, k, v of T_i are those of C_i: they are computed once. The prompt pathway stays a batch
-        of one (1, T', d) up to the first layer in D, because nothing in it depends on the image yet.
+        of one up to the first layer in D, because nothing in it depends on the image yet.
         """
         keep = 1 if self.last else None
         qb, kb, vb = layer.qkv(base, keep)
@@ -428,14 +429,14 @@ def load_trained(model, tensors):
 
 
 def load_official(path, scale=0.1, heads=None):
-    """Reads a checkpoint of the authors' released code -> SA2VP.
+    """Reads a checkpoint of the authors' released code -> SA2VP, ready for prediction.
 
     Sizes are read off the file; `scale` and `heads` (by default width / 64) are not in it. With one new
     prompt map in place of two, it enters at the first of the fusion layers. No pickled code is
     executed. Raises ValueError, naming the tensor, if one is missing, left over or of a wrong shape.
     """
     try:
-        return _from_official(read_torch(path), scale, heads)
+        return _from_official(read_torch(path), scale, heads).eval()
     except KeyError as error:
         raise ValueError(f"{path} is no checkpoint of the released SA2VP: it has no tensor {error}") from None
     except ValueError as error:

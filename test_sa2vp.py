@@ -323,7 +323,7 @@ GOLDEN_SQUARED_GRADIENTS = {
 def test_equals_the_released_code_forward_and_backward(tmp_path):
     state = official_checkpoint(dim=768, depth=12, tokens=197, inner=16, classes=200, patch=16)
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, tmp_path / "official.pth")
-    model = sa2vp.load_official(tmp_path / "official.pth").eval()
+    model = sa2vp.load_official(tmp_path / "official.pth")
     assert (model.vit.mean, model.vit.std) == (vit.HALF, vit.HALF)
     assert sa2vp.count_trained(model) == 372_912
 
@@ -1356,6 +1356,9 @@ def test_what_is_left_of_a_run_is_never_taken_for_another(run, capsys):
     assert "no run to resume" in refusal(capsys, [*command, "--resume"])
     (out / "last.pt").write_bytes((out / "best.pt").read_bytes())
     assert "not what a run goes on from" in refusal(capsys, [*command, "--resume"])
+    several = ["--out", out, "--cpu", "--resume", "--ablate"]
+    assert "holds a single run" in refusal(capsys, several)
+    assert "no run to resume" in refusal(capsys, [*several, "--out", "elsewhere"])
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_default_folders_are_numbered(run, capsys, files):

@@ -37,8 +37,8 @@ import data
 import sa2vp
 from vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_vit
 
-# AdamW's peak learning rate for each method: the paper's for sa2vp; the baselines' were searched on
-# validation data. A data set may have its own.
+# AdamW's peak learning rate for each method: the paper's for sa2vp; vpt's and linear's were searched on
+# validation data, full's is a customary one. A data set may have its own.
 LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "linear": 1e-2, "full": 1e-4}
 SA2VP_SETTINGS = "inner_dim scale dropout window prompt_grid distill_layers fusion_layers freeze_adapters".split()
 
@@ -105,6 +105,10 @@ def main(argv=None):
         out, holds = from_first_process((out, holds_run(out)))
         if holds and not resume:
             raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
+        if resume and not holds:
+            raise ValueError(f"{out} holds no run to resume")
+        if (ablate or seeds or asked in data.GROUPS) and (out / "last.pt").exists():
+            raise ValueError(f"{out} holds a single run: give the --out of the runs to go on with")
         if ablate:
             run_all(list_jobs(ablations(given), seeds), out, ablation_table, "ablation.csv", **place)
         elif asked in data.GROUPS or seeds:
@@ -165,7 +169,7 @@ def fit(settings, out, root, workers, device, compiled):
 
     history = []  # a row per epoch
     if from_first_process((out / "last.pt").exists()):
-        last = sa2vp.read_checkpoint(out / "last.pt")
+        last = read_last(out)
         if last["fingerprint"] != meta["fingerprint"]:
             raise ValueError(f"{out} was begun on another backbone than {meta['weights']} holds now")
         sa2vp.load_trained(model, last["trained"])
@@ -382,8 +386,7 @@ def run_all(jobs, out, tabulate, file, **place):
     What is finished is kept, what was interrupted goes on; one that cannot run is named, and the rest still runs.
     """
     for folder, (_, settings) in jobs.items():
-        last = out / folder / "last.pt"
-        if last.exists() and sa2vp.read_checkpoint(last)["settings"] != settings:
+        if (out / folder / "last.pt").exists() and read_last(out / folder)["settings"] != settings:
             raise ValueError(f"{out / folder} was run with other settings: give the same ones, or another --out")
     results, failures = {name: [] for name, _ in jobs.values()}, {}
     for number, (folder, (name, settings)) in enumerate(jobs.items(), 1):
@@ -467,7 +470,7 @@ def _cell(value):
 
 
 def print_rows():
-    """--list: the paper's setup, a line per data set."""
+    """--list: a line per data set, with SA2VP's settings for it."""
     print_table([
         {
             "data": row.name,
@@ -591,13 +594,19 @@ def holds_run(out):
     return any(any(out.rglob(name)) for name in ("last.pt", "best.pt", "result.json"))
 
 
+def read_last(out):
+    """What last.pt holds; ValueError if a run cannot go on from it."""
+    last = sa2vp.read_checkpoint(out / "last.pt")
+    if not {"optimizer", "history"} <= last.keys():
+        raise ValueError(f"{out / 'last.pt'} is not what a run goes on from")
+    return last
+
+
 def resumed_run(out, given, root):
     """The settings and the root of the run in `out`; ValueError if a setting that is given now is another."""
     if not (out / "last.pt").exists():
         raise ValueError(f"{out} holds no run to resume (several runs are resumed with the flags that began them)")
-    last = sa2vp.read_checkpoint(out / "last.pt")
-    if not {"optimizer", "history"} <= last.keys():
-        raise ValueError(f"{out / 'last.pt'} is not what a run goes on from")
+    last = read_last(out)
     own = last["settings"]
     now = settle({name: own[name] for name in ("data", "method", "epochs")} | given)
     for name in given:
@@ -1002,7 +1011,7 @@ def command_line():
     seed.add_argument("--seeds", type=natural, nargs="+", metavar="N", help="repeat with each: mean and deviation")
     add("--tune", action="store_true", help="VTAB-1k: train on train800, report val200, leave the test data alone")
     add("--workers", type=workers, help="processes that load pictures")
-    add("--out", type=Path, metavar="PATH", help="the run's folder; default runs/<data>-<method>")
+    add("--out", type=Path, metavar="PATH", help="the run's folder; default the next free runs/<data>-<method>")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
     add = line.add_argument_group("instead of one run").add_mutually_exclusive_group().add_argument
