@@ -2,8 +2,8 @@
 
 Two pathways run through the same frozen encoder layers T_i: the base pathway B carries the image
 tokens, the prompt pathway P a learned two-dimensional map of prompt tokens, one for each patch. In
-every layer one pathway speaks to the other, each token just to the tokens at its own place, and to
-the class token.
+every layer one pathway speaks to the other: a patch token hears just the tokens around its own place,
+the class token hears all.
 
     (1)  B_0 = [cls ; patches(I)] + E_pos
     (2)  P_0 = p W_p + b_p + E_pos
@@ -366,8 +366,8 @@ def class_attention(model, images):
     """
     vit = getattr(model, "vit", model)
     layer = vit.blocks[-1]
-    (x,) = watched(model, images, [layer.norm1])  # SA2VP calls it twice, first for the base pathway
-    q, k, _ = layer.attn.project(x, keep=1)
+    (normed,) = watched(model, images, [layer.norm1])  # SA2VP calls it twice, first for the base pathway
+    q, k, _ = layer.attn.project(normed, keep=1)
     attention = (q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).softmax(dim=-1)  # (B, heads, 1, T)
     return attention.mean(dim=1)[:, 0, 1 : 1 + math.prod(vit.grid)].unflatten(1, vit.grid)
 
@@ -387,9 +387,11 @@ def prompting_strength(model, images):
 
 
 def load(path, weights=None):
-    """Reads a tuned model, `best.pt`: (model ready for prediction, what else the file says, a dict).
+    """Reads a tuned model, `best.pt`: (model ready for prediction, meta).
 
-    `weights` tells where the backbone is, if not where the run had it. Raises FileNotFoundError if a
+    meta is what else the file says, a dict: `classes` (names), `image_size` (height and width in
+    pixels), `mean` and `std` (per RGB channel), `crop` (see data.transform), `settings` of the run, and
+    more. `weights` tells where the backbone is, if not where the run had it. Raises FileNotFoundError if a
     file is not there, ValueError if it is no checkpoint of this project or the backbone is another
     one than it was tuned on.
     """
@@ -423,7 +425,7 @@ def read_checkpoint(path):
 
 
 def load_trained(model, tensors):
-    """Puts trained parameters back into a model of the same shape; ValueError names what does not fit."""
+    """Puts what `saved_parameters` gave back into a model of the same shape; ValueError names what does not fit."""
     check_exactly(saved_parameters(model), tensors)
     model.load_state_dict(tensors, strict=False)
 

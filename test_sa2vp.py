@@ -1133,11 +1133,22 @@ def test_a_variant_that_cannot_run_is_named_and_the_others_still_run(run, capsys
     assert [bool(row["accuracy"]) for row in rows] == [True, False, True] and rows[2]["change"]
 
 
-def test_an_ablations_change_is_from_the_full_method_with_the_same_seed():
-    def runs(accuracies):
-        return [dict(seed=seed, accuracy=a, val_accuracy=0, trainable=1) for seed, a in accuracies.items()]
+def made_up(accuracies):
+    """Results of runs, {seed: accuracy}."""
+    return [dict(method="sa2vp", seed=seed, accuracy=a, val_accuracy=0, trainable=1) for seed, a in accuracies.items()]
 
-    rows = train.ablation_table({"full-method": runs({0: 50.0, 1: 90.0}), "other": runs({1: 80.0}), "none": []})
+
+def test_a_group_has_a_mean_only_of_the_same_seeds_of_every_member(monkeypatch):
+    monkeypatch.setitem(data.GROUPS, "pair", ["a", "b"])
+    for b, mean in (({0: 70.0, 1: 40.0}, 55), ({1: 40.0}, None)):
+        rows = train.group_table({"a": made_up({0: 50.0, 1: 60.0}), "b": made_up(b)})
+        assert rows[-1]["data"] == "pair" and rows[-1]["accuracy"] == mean
+    assert train.group_table({"a": made_up({0: 50.0}), "b": made_up({1: 40.0})})[-1]["accuracy"] is None
+
+
+def test_an_ablations_change_is_from_the_full_method_with_the_same_seed():
+    results = {"full-method": made_up({0: 50.0, 1: 90.0}), "other": made_up({1: 80.0}), "none": []}
+    rows = train.ablation_table(results)
     assert [row["change"] for row in rows] == [0, -10, None] and [row["accuracy"] for row in rows] == [70, 80, None]
 
 

@@ -437,22 +437,23 @@ def ablation_table(results):
 
 def group_table(results):
     """{data set: its result.json for each seed} -> rows: of each data set, then the means of whole groups."""
-    seeds = max(map(len, results.values()))
+    seeds = {run["seed"] for runs in results.values() for run in runs}
     first = next(runs[0] for runs in results.values() if runs)
     published = {} if first["accuracy"] is None else data.PUBLISHED[first["method"]]
     scores, rows = {}, []
 
-    def add(name, values, trainable=None):
-        scores[name] = values if len(values) == seeds else []  # of a group, every member and seed or nothing
-        rows.append({"data": name, **spread(values), "published": published.get(name), "trainable": trainable})
+    def add(name, found, trainable=None):
+        scores[name] = found  # {seed: accuracy}
+        rows.append({"data": name, **spread(found.values()), "published": published.get(name), "trainable": trainable})
 
     for name, runs in results.items():
-        add(name, list(accuracies(runs).values()), runs[0]["trainable"] if runs else None)
+        add(name, accuracies(runs), runs[0]["trainable"] if runs else None)
     for group, members in data.GROUPS.items():
         if set(members) <= results.keys():
             parts = [part for part in data.GROUPS if part.startswith(f"{group}/")] or members  # VTAB: mean of its three
             columns = [scores[part] for part in parts]
-            add(group, [statistics.mean(seed) for seed in zip(*columns)] if all(columns) else [])
+            whole = all(column.keys() == seeds for column in columns)  # of a group, every member and seed or nothing
+            add(group, {seed: statistics.mean(column[seed] for column in columns) for seed in seeds} if whole else {})
     return rows
 
 
@@ -571,9 +572,14 @@ def pretrain_small_vit(**place):
         say()
 
 
+def transform_for(meta, training=False):
+    """The way from a PIL picture to what the model of these `meta` takes."""
+    return data.transform(meta["crop"], training, meta["image_size"], meta["mean"], meta["std"])
+
+
 def loader_for(samples, row, meta, workers, shuffle_seed=None):
     """The samples as the model takes them, in batches; shuffled and augmented if there is a `shuffle_seed`."""
-    show = data.transform(meta["crop"], shuffle_seed is not None, meta["image_size"], meta["mean"], meta["std"])
+    show = transform_for(meta, training=shuffle_seed is not None)
     if workers is None:
         workers = 0 if row.drawn else min(8, max(1, os.cpu_count() // world_size()))
     batch_size, share = max(meta["settings"]["batch_size"], world_size()), (rank(), world_size())
@@ -647,7 +653,7 @@ def predict(path, *pictures, given, device):
         raise ValueError("--predict takes a checkpoint and then pictures or folders of them")
     model, meta = sa2vp.load(path, given.get("weights"))
     model.to(device)
-    show = data.transform(meta["crop"], False, meta["image_size"], meta["mean"], meta["std"])
+    show = transform_for(meta)
     failures = 0
     for picture in data.find_pictures(pictures):
         try:
@@ -692,7 +698,7 @@ DARK_TO_BRIGHT = np.array([(10, 8, 40), (95, 20, 110), (190, 55, 85), (245, 140,
 def draw_page(model, plain, meta, samples):
     """--show: a PIL picture 1200 pixels wide, a row for each sample: what it is, what the model looks at, its class."""
     pictures = [data.open_picture(picture) for picture, _ in samples]
-    show = data.transform(meta["crop"], False, meta["image_size"], meta["mean"], meta["std"])
+    show = transform_for(meta)
     images = torch.stack([show(picture) for picture in pictures]).to(next(model.parameters()).device)
     mean, std = (torch.tensor(values)[:, None, None] for values in (meta["mean"], meta["std"]))
     overlays = look(model, plain, meta["method"], images)
