@@ -1,13 +1,12 @@
-"""The data sets: a table with a row for each, a few loaders that serve the rows, and the pictures' way to a batch.
+"""The data sets: a table with a row for each, the loaders that serve the rows, and the way from a picture to a batch.
 
-A loader returns `Splits`: samples (picture, label) for training, validation and test, a picture
-being a path or an (H, W, 3) uint8 array, a label an index into the class names.
+A loader returns `Splits`: samples (picture, label) for training, validation and test. A picture is a
+path or an (H, W, 3) uint8 array, a label an index into the class names.
 """
 
 import json
 import math
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import download_and_extract_archive, download_url
 
 
 class DataError(ValueError):
@@ -29,6 +28,8 @@ class DataError(ValueError):
 
 
 class Splits(NamedTuple):
+    """What a loader returns."""
+
     train: list
     val: list
     test: list
@@ -38,9 +39,9 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSet:
-    """A row of the table: where the pictures are, how they are shown, and SA2VP's settings for them.
+    """A row of the table: where the pictures are, how they are transformed, and the settings for them.
 
-    `load(row, root, seed, tune)` reads its `Splits`.
+    `load(row, root, tune)` reads its `Splits`.
     """
 
     name: str
@@ -54,131 +55,101 @@ class DataSet:
     fusion_layers: tuple | None = None  # F, where it is not D without 0
     dropout: float = 0.1
     epochs: int = 100
-    crop: bool = False  # FGVC's transforms: random crop and flip; else the whole picture, squeezed, always the same
+    weights: str | None = "imagenet21k"  # the backbone; None is a small ViT, trained from scratch
+    heads: int | None = None  # of that backbone, where its file does not tell
     image_size: int = 224
-    drawn: bool = False  # by the program: for its own small ViT
+    crop: bool = False  # FGVC's transforms: random crop and flip; else the whole picture, squeezed, always the same
     vtab: bool = False  # VTAB-1k's protocol: trained on all labelled pictures, tested after the last epoch
 
 
 def find(name):
-    """The row of that name, or one for the folder of that path; ValueError if there is neither."""
+    """The row of that name, or one for the folder of that path; DataError if there is neither."""
     if name in TABLE:
         return TABLE[name]
     if Path(name).is_dir():
-        return DataSet(Path(name).resolve().name, None, partial(class_folders, folder=Path(name)), name, crop=True)
-    known = ", ".join((*TABLE, *GROUPS))
-    raise DataError(f"no data set and no folder {name!r}; the data sets and their groups are {known}")
+        folder = Path(name).resolve()
+        return DataSet(folder.name, None, partial(class_folders, folder=folder), str(folder), crop=True)
+    raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
 
 
-def load(row, root, seed, tune=False):
-    """Reads a row's `Splits`, downloading what can be; `tune`, for VTAB-1k: train800 and val200, no test.
+def members(name):
+    """The data sets of a group, whose parts may be groups; any other name is its own only member."""
+    return [member for part in GROUPS[name] for member in members(part)] if name in GROUPS else [name]
 
-    Raises FileNotFoundError for data or pictures that are not there, DataError for damaged lists.
+
+def load(row, root, tune=False):
+    """Reads a row's `Splits` below `root`, downloading what can be; always the same ones.
+
+    With `tune`, VTAB-1k is train800 and val200, without test. Raises FileNotFoundError for data or
+    pictures that are not there, and DataError for damaged lists.
     """
     try:
-        splits = row.load(row, Path(root), seed, tune)
+        splits = row.load(row, Path(root), tune)
     except (FileNotFoundError, DataError):
         raise
     except Exception as error:  # a line, an id, a whole file that is not what it should be
         raise DataError(f"the lists of {row.name} cannot be read: {type(error).__name__} {error}") from None
-    if row.classes and len(splits.classes) > row.classes:
-        raise DataError(f"{row.name} has {row.classes} classes, but its lists name {len(splits.classes)}")
-    for samples in splits[:3]:
-        for picture, label in samples:
-            if isinstance(picture, Path) and not picture.is_file():
-                raise FileNotFoundError(f"{row.name} lists the picture {picture}, which is not there")
-            if not 0 <= label < len(splits.classes):
-                raise DataError(f"{row.name}: {picture} has label {label}, outside 0 to {len(splits.classes) - 1}")
+    for picture, label in splits.train + splits.val + splits.test:
+        if isinstance(picture, Path) and not picture.is_file():
+            raise FileNotFoundError(f"{row.name} lists the picture {picture}, which is not there")
+        if not 0 <= label < len(splits.classes):
+            raise DataError(f"{row.name}: {picture} has label {label}, outside 0 to {len(splits.classes) - 1}")
     return splits
 
 
 # ---------------------------------------------------------------------- layouts on disk
 
 
-def class_folders(row, root, seed, tune, folder):
+def class_folders(row, root, tune, folder):
     """train/<class>/*, test/<class>/* and, if there is one, val/<class>/*."""
-    try:
-        classes, index = find_classes(folder / "train")
-        train = _paths(make_dataset(folder / "train", index, IMG_EXTENSIONS))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} needs train/<class>/ and test/<class>/ with pictures: {error}") from None
-
-    def held(split):
-        unknown = set(find_classes(folder / split)[0]) - set(classes)
-        if unknown:
+    if not (folder / "train").is_dir() or not (folder / "test").is_dir():
+        raise FileNotFoundError(f"{folder} needs the folders train/<class>/ and test/<class>/ with pictures")
+    classes, index = find_classes(folder / "train")
+    splits = {}
+    for split in ("train", "val", "test"):
+        inside = {path.name for path in (folder / split).glob("*/")}
+        if unknown := inside - set(classes):
             raise DataError(f"{folder / split} has class {min(unknown)!r}, which {folder / 'train'} has not")
-        return _paths(make_dataset(folder / split, index, IMG_EXTENSIONS, allow_empty=True))
-
-    if not (folder / "test").is_dir():
-        raise FileNotFoundError(f"{folder} has no folder test/<class>/")
-    if (folder / "val").is_dir():
-        return Splits(train, held("val"), held("test"), classes, "its own folders")
-    train, val = hold_out(train, seed)
-    return Splits(train, val, held("test"), classes, "its own folders, validation held out of train")
+        found = make_dataset(folder / split, index, IMG_EXTENSIONS, allow_empty=split != "train") if inside else []
+        splits[split] = as_paths(found)
+    if splits["val"]:
+        return Splits(*splits.values(), classes, "its own folders")
+    train, val = hold_out(splits["train"], share=0.1)
+    return Splits(train, val, splits["test"], classes, "its own folders, a tenth of train held out for validation")
 
 
-def json_splits(row, folder, images, first_id=1):
-    """VPT's train.json, val.json and test.json, {"path below images": class id}; None if they are not there."""
-    files = [folder / f"{split}.json" for split in ("train", "val", "test")]
-    missing = [file.name for file in files if not file.exists()]
-    if len(missing) == 3:
-        return None
-    if missing:
-        raise DataError(f"{folder} has some of VPT's json files but not {missing[0]}: add it, or move them away")
-    listed = [json.loads(file.read_text()) for file in files]
-    splits = [[(images / path, int(class_id) - first_id) for path, class_id in ids.items()] for ids in listed]
-    names = {label: picture.parent.name for samples in splits for picture, label in samples}
-    if len(set(names.values())) < len(names):  # flowers and cars have no folder for each class
-        names = {}
-    classes = [names.get(label, f"class {label}") for label in range(row.classes)]
-    return Splits(*splits, classes, "VPT's train.json, val.json and test.json")
+def fgvc(row, root, tune, folder, pictures, below, splits, md5, archive=True, archive_md5=None):
+    """One of FGVC's five sets: a folder of `pictures`, and train.json, val.json and test.json as published with VPT.
 
-
-def birds(row, root, seed, tune, folder, first_id, md5=None):
-    """cub and nabirds: images.txt, image_class_labels.txt, train_test_split.txt and classes.txt."""
+    Those hold {path below `below`: class id}. The sorted ids that occur are the labels 0, 1, ...
+    """
     folder = root / folder
-    fetch(row, folder, md5 and (lambda part: download_and_extract_archive(row.source, part, md5=md5)))
-    if splits := json_splits(row, folder, folder / "images", first_id):
-        return splits
+    unpack = partial(download_and_extract_archive, row.source, md5=archive_md5)
+    fetch(folder / pictures, row.source, unpack if archive else None, inside=f"**/{pictures}")
+    listed = []
+    for split, checksum in zip(("train", "val", "test"), md5):
+        url = f"{FGVC_SPLITS}/{splits}/{split}.json"
+        fetch(folder / f"{split}.json", url, partial(download_url, url, md5=checksum))
+        listed.append(json.loads((folder / f"{split}.json").read_text()))
 
-    def table(name):
-        lines = (folder / f"{name}.txt").read_text().splitlines()
-        return dict(line.strip().split(maxsplit=1) for line in lines if line.strip())
+    def locate(path):
+        place = folder / below / path
+        # Cars are packed as cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before.
+        return place if place.exists() else folder / below / Path(*dict.fromkeys(Path(path).parts))
 
-    paths, labels, is_train = table("images"), table("image_class_labels"), table("train_test_split")
-    names = table("classes")  # of nabirds' parent classes too
-    ids = sorted(set(labels.values()), key=int)  # those that occur, in numeric order, are labels 0, 1, ...
+    ids = sorted({class_id for part in listed for class_id in part.values()})
     index = {class_id: label for label, class_id in enumerate(ids)}
-    split = {"0": [], "1": []}
-    for image, path in paths.items():
-        split[is_train[image]].append((folder / "images" / path, index[labels[image]]))
-    return with_held_out(split["1"], split["0"], [names[class_id] for class_id in ids], seed)
+    samples = [[(locate(path), index[class_id]) for path, class_id in part.items()] for part in listed]
+    names = {label: path.parent.name for part in samples for path, label in part}
+    if len(set(names.values())) < len(names):  # flowers and cars have no folder for each class
+        names = {label: f"class {class_id}" for class_id, label in index.items()}
+    return Splits(*samples, [names[label] for label in range(len(ids))], "VPT's train.json, val.json and test.json")
 
 
-def dogs(row, root, seed, tune):
-    """Stanford dogs: Images/<class>/*.jpg, train_list.mat and test_list.mat."""
-    folder = root / "dogs"
-
-    def download(part):
-        for name in ("images.tar", "lists.tar"):
-            download_and_extract_archive(f"{row.source}/{name}", Path(part) / "dogs", remove_finished=True)
-
-    if splits := json_splits(row, folder, folder / "Images"):
-        return splits
-    loadmat = need_scipy(row)
-    fetch(row, folder, download)
-    names, split = {}, {}
-    for name in ("train", "test"):
-        lists = loadmat(folder / f"{name}_list.mat")
-        paths = [str(entry.item()) for entry in lists["file_list"].flatten()]
-        split[name] = [(folder / "Images" / path, int(n) - 1) for path, n in zip(paths, lists["labels"].flatten())]
-        names |= {label: path.parent.name for path, label in split[name]}
-    return with_held_out(split["train"], split["test"], [names.get(i, f"class {i}") for i in range(row.classes)], seed)
-
-
-def vtab(row, root, seed, tune):
-    """VTAB-1k as VPT's successors packed it: lists of "path label", trained on 800 + 200 pictures."""
-    fetch(row, root / "vtab-1k", lambda part: download_and_extract_archive(row.source, part, remove_finished=True))
+def vtab(row, root, tune):
+    """VTAB-1k as its users packed it: lists of "path label", with 800 + 200 pictures to train on."""
+    unpack = partial(download_and_extract_archive, row.source)
+    fetch(root / "vtab-1k", row.source, unpack, inside="vtab-1k")
     folder = root / row.name.replace("vtab", "vtab-1k")
 
     def listed(name):
@@ -187,101 +158,83 @@ def vtab(row, root, seed, tune):
 
     classes = [f"class {label}" for label in range(row.classes)]
     if tune:
-        return Splits(listed("train800"), listed("val200"), [], classes, "train800 and val200, to tune")
+        return Splits(listed("train800"), listed("val200"), [], classes, "train800 and val200")
     return Splits(listed("train800val200"), [], listed("test"), classes, "train800val200")
 
 
-def from_torchvision(row, root, seed, tune, kind, on_disk, splits=("train", "test"), scipy=False):
+def from_torchvision(row, root, tune, kind, on_disk, splits=("train", "test")):
     """A data set that torchvision knows; `on_disk` is what it makes below root, `kind` its class there."""
-    kind = getattr(torchvision.datasets, kind)
+    if kind == "SVHN":
+        try:
+            import scipy.io  # noqa: F401
+        except ImportError:
+            raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy") from None
 
-    def read(split, root, **how):
-        return kind(root, **({"train": split == "train"} if "CIFAR" in kind.__name__ else {"split": split}), **how)
+    def read(split, root, **options):
+        which = {"train": split == "train"} if "CIFAR" in kind else {"split": split}
+        return getattr(torchvision.datasets, kind)(root, **which, **options)
 
-    def download(part):
-        for split in splits:
-            read(split, part, download=True)
-
-    if found := json_splits(row, root / on_disk, root / on_disk):
-        return found
-    if scipy:
-        need_scipy(row)
-    fetch(row, root / on_disk, None if kind is torchvision.datasets.StanfordCars else download)
+    fetch(root / on_disk, row.source, lambda part: [read(split, part, download=True) for split in splits])
     try:
         parts = [read(split, root) for split in splits]
     except RuntimeError as error:
         raise FileNotFoundError(f"{row.name} below {root} is not whole ({error}); it comes from {row.source}") from None
     classes = list(getattr(parts[0], "classes", None) or [f"class {label}" for label in range(row.classes)])
-    samples = [_samples(part) for part in parts]
+    samples = [torchvision_samples(part) for part in parts]
     if len(splits) == 3:
         return Splits(*samples, classes, "official split")
-    return with_held_out(*samples, classes, seed)
+    train, val = hold_out(samples[0], share=0.2)
+    return Splits(train, val, samples[1], classes, "official split, a fifth of train held out for validation")
 
 
-def _samples(part):
-    """torchvision keeps its lists in one of three ways."""
+def torchvision_samples(part):
+    """The samples of a torchvision data set, which keeps its lists in one of three ways."""
     if hasattr(part, "_samples"):
-        return _paths(part._samples)
+        return as_paths(part._samples)
     if hasattr(part, "_image_files"):
-        return _paths(zip(part._image_files, part._labels))
-    pictures = part.data if part.data.shape[-1] == 3 else part.data.transpose(0, 2, 3, 1)  # SVHN's stand (N, 3, H, W)
+        return as_paths(zip(part._image_files, part._labels))
+    pictures = part.data if part.data.shape[-1] == 3 else part.data.transpose(0, 2, 3, 1)  # SVHN has (N, 3, H, W)
     return list(zip(pictures, map(int, getattr(part, "targets", None) or part.labels)))
 
 
-def _paths(samples):
+def as_paths(samples):
+    """[(name of a file, label), ...] with Path and int."""
     return [(Path(path), int(label)) for path, label in samples]
 
 
-def with_held_out(train, test, classes, seed):
-    """The `Splits` of an official train and test list, validation held out of train."""
-    train, val = hold_out(train, seed)
-    return Splits(train, val, test, classes, "official split, validation held out of train")
+def hold_out(samples, share):
+    """(the rest, `share` of each class and at least one picture), always the same; a class of one stays whole."""
+    labels, rng = np.array([label for _, label in samples]), np.random.default_rng(0)
+    held = np.zeros(len(samples), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(share * len(members))) if len(members) > 1 else 0
+        held[rng.permutation(members)[:count]] = True
+    return [[sample for sample, out in zip(samples, held) if out == side] for side in (False, True)]
 
 
-def hold_out(samples, seed):
-    """10 % of each class, at least one picture, drawn by seed: (the rest, what is held out)."""
-    by_class = defaultdict(list)
-    for sample in samples:
-        by_class[sample[1]].append(sample)
-    rest, held = [], []
-    rng = np.random.default_rng(seed)
-    for label in sorted(by_class):
-        members = by_class[label]
-        count = max(1, round(0.1 * len(members))) if len(members) > 1 else 0
-        chosen = set(rng.permutation(len(members))[:count].tolist())
-        for i, member in enumerate(members):
-            (held if i in chosen else rest).append(member)
-    return rest, held
+def fetch(path, source, download=None, inside="*"):
+    """Unless `path` is there, `download(folder)` makes it in a temporary folder, from which it is moved when whole.
 
-
-def fetch(row, folder, download=None):
-    """Unless `folder` is there, has `download(part)` make it inside the folder `part`; nothing half-done is left.
-
-    Raises FileNotFoundError that says where to get it, and where to put it.
+    What matches `inside` there is moved beside `path`, that last. Raises FileNotFoundError that says where
+    to get it and where to put it.
     """
-    if folder.exists():
+    if path.exists():
         return
-    failure = "there is no direct link"
+    failure = "has no direct link"
     if download:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as part:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
             try:
-                download(part)
-                for made in sorted(Path(part).iterdir(), key=lambda path: path.name == folder.name):  # that one last
-                    made.rename(folder.parent / made.name)
-                return
+                download(folder)
+                for made in sorted(Path(folder).glob(inside), key=lambda made: made.name == path.name):
+                    made.rename(path.parent / made.name)
+                if path.exists():
+                    return
+                failure = "is not in the archive"
             except Exception as error:  # the network's, the archive's, the checksum's
-                failure = str(error) or type(error).__name__
-    raise FileNotFoundError(f"cannot download {row.name} ({failure}); get it from {row.source} and put it in {folder}")
-
-
-def need_scipy(row):
-    """scipy's reader of .mat files, or a DataError that says how to get it."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise DataError(f"{row.name} comes with .mat files, which scipy reads: pip install scipy") from None
-    return loadmat
+                failure = f"cannot be downloaded ({str(error) or type(error).__name__})"
+    raise FileNotFoundError(f"{path} is not there, and {failure}: get it from {source} and put it there")
 
 
 # ---------------------------------------------------------------------- pictures drawn by the program
@@ -312,55 +265,44 @@ def draw(rng, *things):
     return np.asarray(picture)
 
 
-def what_and_which_colour(rng, count):
-    """The source task: one thing anywhere; its shape and colour are the class."""
-    samples = []
-    for i in range(count):
-        label = i % len(KINDS)
-        colour, shape = KINDS[label].split()
-        r = rng.uniform(6, 9)
-        samples.append((draw(rng, (shape, colour, *rng.uniform(r, SIDE - r, 2), r)), label))
-    return samples
+def what_and_which_colour(rng, label):
+    """A picture of the source task: one thing anywhere; its shape and colour are the class."""
+    (colour, shape), r = KINDS[label].split(), rng.uniform(6, 9)
+    return draw(rng, (shape, colour, *rng.uniform(r, SIDE - r, 2), r))
 
 
-def where_is_blue(rng, count):
-    """The target task: the direction in which the blue thing lies as seen from the red one.
+def where_is_blue(rng, label):
+    """A picture of the target task: the class is the direction in which the blue thing lies as seen from the red one.
 
     Either can be anywhere and of any shape; directions near the border of two classes are left out.
     """
-    sector = 360 / len(DIRECTIONS)
-    samples = []
-    for i in range(count):
-        label = i % len(DIRECTIONS)
-        while True:
-            red, blue = rng.uniform(7, SIDE - 7, (2, 2))  # (x, y) each
-            dx, dy = blue - red
-            off = (math.degrees(math.atan2(dy, dx)) - sector * label + 180) % 360 - 180
-            if math.hypot(dx, dy) > 18 and abs(off) < sector / 2 - 5:
-                break
-        things = [(rng.choice(SHAPES), c, *place, rng.uniform(5, 8)) for c, place in (("red", red), ("blue", blue))]
-        samples.append((draw(rng, *things), label))
-    return samples
+    while True:
+        red, blue = rng.uniform(7, SIDE - 7, (2, 2))  # (x, y) each
+        dx, dy = blue - red
+        off = (math.degrees(math.atan2(dy, dx)) - 45 * label + 180) % 360 - 180
+        if math.hypot(dx, dy) > 18 and abs(off) < 17.5:
+            break
+    return draw(rng, *((rng.choice(SHAPES), c, *at, rng.uniform(5, 8)) for c, at in (("red", red), ("blue", blue))))
 
 
-def drawn(task, classes, train, val, test):
-    """A loader of drawn pictures: always the same ones, whatever the seed of a run."""
-
-    def load(row, root, seed, tune):
-        splits = [task(np.random.default_rng(i), count) for i, count in enumerate((train, val, test))]
-        return Splits(*splits, list(classes), "drawn by the program")
-
-    return load
+def drawn(row, root, tune, picture, classes, counts):
+    """The pictures of a drawn task, balanced, and always the same ones."""
+    splits = []
+    for i, count in enumerate(counts):
+        rng, labels = np.random.default_rng(i), [j % len(classes) for j in range(count)]
+        splits.append([(picture(rng, label), label) for label in labels])
+    return Splits(*splits, list(classes), "drawn by the program")
 
 
 # ---------------------------------------------------------------------- from a picture to a batch
 
 
-def transform(crop, training, image_size, mean, std):
-    """The paper's transforms: PIL picture -> normalised (3, H, W).
+def transform(crop, image_size, mean, std, training=False):
+    """The paper's transforms: PIL picture -> normalized (3, height, width).
 
     `crop` as FGVC: short side to 256 / 224 of the size, then a random crop and flip in training, the
-    centre crop in testing; else as VTAB-1k and HTA: squeezed to the size. `image_size` is (height, width).
+    centre crop in testing; else as VTAB-1k and HTA: squeezed to the size. `image_size` is (height,
+    width) in pixels, `mean` and `std` are per RGB channel of [0, 1].
     """
     steps = [transforms.Resize(round(min(image_size) * 256 / 224) if crop else image_size)]
     if crop and training:
@@ -377,7 +319,7 @@ def open_picture(picture):
     try:
         with Image.open(picture) as image:
             if image.mode.startswith("I;16"):  # Pillow would cut it off at 255
-                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises whatever the bytes happen to provoke
         raise ValueError(f"cannot read the picture {picture}: {type(error).__name__}") from None
@@ -387,20 +329,15 @@ def find_pictures(paths):
     """The files among the paths, and for each folder all pictures below it, by name; FileNotFoundError for none."""
     found = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-            if not inside:
-                raise FileNotFoundError(f"there are no pictures in {path}")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"there is no picture {path}")
+        inside = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
+        if not inside:
+            raise FileNotFoundError(f"there is no picture {path}, and none below it")
+        found += sorted(inside)
     return found
 
 
 class Pictures(Dataset):
-    """Samples as (image (3, H, W), label), asked for by (index, seed of this picture's augmentation)."""
+    """Samples as (image (3, height, width), label)."""
 
     def __init__(self, samples, transform):
         self.samples, self.transform = samples, transform
@@ -408,95 +345,83 @@ class Pictures(Dataset):
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, item):
-        index, seed = item
+    def __getitem__(self, index):
         picture, label = self.samples[index]
-        # Its own seed makes a crop the same whichever worker makes it, and leaves the model's dropout alone.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.transform(open_picture(picture)), label
+        return self.transform(open_picture(picture)), label
 
 
-class Shuffled:
-    """The order of an epoch and the seeds of its augmentations; both follow from (seed, epoch).
+def make_loader(samples, transform, batch_size, workers, pin_memory=False, shuffle_seed=None, rank=0, world=1):
+    """A DataLoader of one epoch; with a `shuffle_seed` shuffled, and without the last incomplete batch.
 
-    Of several processes, each gets its share of every batch: process `rank` of `world`.
+    Of `world` processes, each makes its share of every batch: `batch_size` is that of all together.
+    Workers draw their crops and flips from PyTorch's generator as it stands when the epoch begins.
     """
-
-    def __init__(self, count, batch_size, seed, rank=0, world=1):
-        self.whole = count // batch_size * batch_size  # the last, incomplete batch is left out
-        self.shape, self.rank, self.seed, self.epoch = (-1, world, batch_size // world), rank, seed, 0
-        self.count = count
-
-    def __len__(self):
-        return self.whole // self.shape[1]
-
-    def __iter__(self):
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order, seeds = rng.permutation(self.count), rng.integers(2**63, size=self.count)
-        mine = [array[: self.whole].reshape(self.shape)[:, self.rank].flatten().tolist() for array in (order, seeds)]
-        yield from zip(*mine)
-
-
-def make_loader(samples, transform, batch_size, workers, shuffle_seed=None, share=(0, 1)):
-    """A DataLoader; shuffled, and without a last incomplete batch, if there is a `shuffle_seed`.
-
-    `batch_size` is that of all processes together, `share` (rank, world) says which is this one.
-    """
-    rank, world = share
+    sampler = None
     if shuffle_seed is None:
-        sampler = [(i, 0) for i in range(rank, len(samples), world)]
+        samples = samples[rank::world]
     else:
-        sampler = Shuffled(len(samples), batch_size, shuffle_seed, rank, world)
+        sampler = DistributedSampler(samples, world, rank, seed=shuffle_seed, drop_last=True)
     return DataLoader(
-        Pictures(samples, transform),
-        batch_size // world,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, or it would draw from the one that dropout uses
-    )
+        Pictures(samples, transform), batch_size // world, sampler=sampler, drop_last=sampler is not None,
+        num_workers=workers, pin_memory=pin_memory,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- the table
 
+FGVC_SPLITS = "https://raw.githubusercontent.com/savadikarc/gift/f0cb80cb4db413ecd108dd7e74fef27105eb6b97/data"
 MIRROR = "https://huggingface.co/datasets/XiN0919"
 
 
-def known(kind, on_disk, source, **how):
+def known(kind, on_disk, source, **options):
     """(layout, source) of a data set that torchvision knows; see `from_torchvision`."""
-    return partial(from_torchvision, kind=kind, on_disk=on_disk, **how), source
+    return partial(from_torchvision, kind=kind, on_disk=on_disk, **options), source
+
+
+def one_of_fgvc(folder, pictures, below, source, splits, *md5, **archive):
+    """(layout, source) of one of FGVC's data sets; see `fgvc`."""
+    return partial(fgvc, folder=folder, pictures=pictures, below=below, splits=splits, md5=md5, **archive), source
 
 
 # layout, source
-CUB = (
-    partial(birds, folder="CUB_200_2011", first_id=1, md5="97eceeb196236b17998738112f37df78"),
-    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-)
-NABIRDS = partial(birds, folder="nabirds", first_id=0), "https://dl.allaboutbirds.org/nabirds"
-DOGS = dogs, "http://vision.stanford.edu/aditya86/ImageNetDogs"
+CUB = one_of_fgvc(
+    "CUB_200_2011", "images", "images", "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "cub",
+    "8aedcb810c68c7410607a6801bc131d8", "ccbb8956711c47a59caff813075c9fe6", "5f3c7af28e087ba27079ddc6a4e7846e",
+    archive_md5="97eceeb196236b17998738112f37df78",
+)  # fmt: skip
+NABIRDS = one_of_fgvc(
+    "nabirds", "images", "images", "https://dl.allaboutbirds.org/nabirds", "nabirds",
+    "3835cf47e4617721556316d3b9f79db8", "5f6e32ed373af37be26f5c7d5f9632d9", "77f59e1fc2becded3c11b8a4bde70018",
+    archive=False,
+)  # fmt: skip
+FLOWERS = one_of_fgvc(
+    "flowers-102", "jpg", "", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "oxfordflowers",
+    "9e998dfd1e7131c799b7fcd38d559a96", "0f08ac53a5739f0026763bd0aac3e054", "ada4f0666adcfa3260f719a84a64b928",
+    archive_md5="52808999861908f626f3c1f4e79d11fa",
+)  # fmt: skip
+DOGS = one_of_fgvc(
+    "dogs", "Images", "Images", "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", "stanforddogs",
+    "937d4b859e7ca68f6667b9bf207e782a", "0a372499e9610c87403ce2a85ecae16e", "6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
+)  # fmt: skip
+CARS = one_of_fgvc(
+    "stanford_cars", "cars_train", "", f"{MIRROR}/FGVC", "stanfordcars",
+    "bde33e7dba5c6885bd4bbe44b49c036c", "db39ee040d9d38f7d929508f0b4cedb7", "8a5e55b4d0d7bde3551fa80a0f5505d7",
+    archive=False,
+)  # fmt: skip
 VTAB = vtab, f"{MIRROR}/VTAB-1k/resolve/main/vtab-1k.zip"
-WITH_VAL = ("train", "val", "test")
-FLOWERS = known(
-    "Flowers102", "flowers-102", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102", splits=WITH_VAL, scipy=True
-)
-CARS = known("StanfordCars", "stanford_cars", f"{MIRROR}/FGVC", scipy=True)
 CIFAR10 = known("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar.html")
 CIFAR100 = known("CIFAR100", "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar.html")
-DTD = known("DTD", "dtd", "https://www.robots.ox.ac.uk/~vgg/data/dtd", splits=WITH_VAL)
+DTD = known("DTD", "dtd", "https://www.robots.ox.ac.uk/~vgg/data/dtd", splits=("train", "val", "test"))
 FOOD101 = known("Food101", "food-101", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz")
 GTSRB = known("GTSRB", "gtsrb", "https://benchmark.ini.rub.de/gtsrb_dataset.html")
-SVHN = known("SVHN", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers", scipy=True)
-TARGET = drawn(where_is_blue, DIRECTIONS, 1000, 400, 1000), "drawn by the program"
-SOURCE = drawn(what_and_which_colour, KINDS, 8000, 400, 400), "drawn by the program"
-
-TARGET_LR = {"sa2vp": 1e-2, "vpt": 1e-2, "linear": 1e-2, "full": 1e-3}  # searched on validation data
+SVHN = known("SVHN", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers")
+TARGET = partial(drawn, picture=where_is_blue, classes=DIRECTIONS, counts=(1000, 400, 1000)), "drawn by the program"
+SOURCE = partial(drawn, picture=what_and_which_colour, classes=KINDS, counts=(8000, 400, 400)), "drawn by the program"
+TARGET_LR = {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "linear": 1e-2, "full": 1e-3}  # searched on validation data
 
 FGVC = dict(crop=True)
 NATURAL, OTHERS = dict(vtab=True), dict(vtab=True, batch_size=40)
 GENTLE = dict(lr={"sa2vp": 5e-4})
-DRAWN = dict(image_size=SIDE, drawn=True)
 
 ROWS = (
     #       name                  classes  *(layout, source)  r  s
@@ -534,19 +459,21 @@ ROWS = (
     DataSet("hta/food101",             101, *FOOD101,  64, 0.1),
     DataSet("hta/gtsrb",                43, *GTSRB,    64, 0.1),
     DataSet("hta/svhn",                 10, *SVHN,     64, 0.1),
-    DataSet("shapes",                    8, *TARGET,   16, 1.0, 32, TARGET_LR, dropout=0.0, epochs=30, **DRAWN),
-    DataSet("shapes-source",            16, *SOURCE,   16, 1.0, **DRAWN),
+    DataSet("shapes",                    8, *TARGET,   16, 1.0, 32, TARGET_LR, dropout=0.0, epochs=30,
+            weights="runs/shapes-vit/vit.pt", heads=4, image_size=SIDE),
+    DataSet("shapes-source",            16, *SOURCE,   16, 1.0, weights=None, image_size=SIDE),
 )  # fmt: skip
 TABLE = {row.name: row for row in ROWS}
 
-# Groups in the paper's order, and the means published for ViT-B/16 supervised on ImageNet-21k.
+# Groups in the paper's order (VTAB's mean is that of its three parts), and the means published for ViT-B/16
+# supervised on ImageNet-21k.
 NAMES = [row.name for row in ROWS]
 GROUPS = {
     "fgvc": NAMES[:5],
     "vtab/natural": NAMES[5:12],
     "vtab/specialized": NAMES[12:16],
     "vtab/structured": NAMES[16:24],
-    "vtab": NAMES[5:24],
+    "vtab": ["vtab/natural", "vtab/specialized", "vtab/structured"],
     "hta": NAMES[24:34],
 }
 PUBLISHED = {

@@ -1,16 +1,27 @@
-"""Each test's name is the claim that it proves. No network, no data: everything is made on the spot."""
+"""Each test's name is the claim that it proves. No network and no data: everything is made on the spot.
+
+The equations come first, then the backbone's weights, training, data, several runs, use, and the command line.
+`literal` is the method token by token, as the equations have it.
+"""
 
 import argparse
 import csv
+import dataclasses
+import functools
+import hashlib
+import http.server
 import inspect
 import json
 import math
 import os
 import pickle
 import re
-import shlex
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 import types
 import zlib
 from pathlib import Path
@@ -39,11 +50,28 @@ def small_vit(image_size=32, patch_size=16, dim=16, depth=5, heads=2):
     return backbone
 
 
+def trained_parameters(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def small_model(prompt_grid=None, window=3, image_size=(48, 64), **options):
     model = sa2vp.SA2VP(small_vit(image_size), 3, 4, 0.5, window=window, prompt_grid=prompt_grid, **options)
-    for parameter in sa2vp.trained_parameters(model).values():
+    for parameter in trained_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.double().eval()
+
+
+def write(root, files):
+    """{path: text, dict (as JSON), bytes or None (a picture of noise)}: every file below root."""
+    for path, content in files.items():
+        path = root / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            pixels = np.random.default_rng(zlib.crc32(path.name.encode())).integers(0, 256, (40, 50, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+        else:
+            content = json.dumps(content) if isinstance(content, dict) else content
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def make_folder(folder, splits={"train": 6, "test": 4}, classes=("ant", "bee"), side=40):
@@ -67,6 +95,9 @@ def files(tmp_path_factory):
     return folder
 
 
+CPU = train.Machine(torch.device("cpu"), torch.float32, workers=0, compile=False, root=Path("data"))
+
+
 @pytest.fixture
 def run(files, tmp_path, monkeypatch):
     """Runs the command line in an empty folder, on the small data; returns the run's folder."""
@@ -77,7 +108,7 @@ def run(files, tmp_path, monkeypatch):
         defaults = {"--data": files / "insects", "--weights": files / "vit.pth", "--epochs": epochs,
                     "--batch-size": 4, "--workers": 0, "--out": out}  # fmt: skip
         for flag, value in defaults.items():
-            if flag not in flags and "--resume" not in flags:
+            if flag not in flags:
                 flags += [flag, str(value)]
         train.main([*flags, "--cpu"])
         return tmp_path / out
@@ -85,172 +116,37 @@ def run(files, tmp_path, monkeypatch):
     return run
 
 
-def refusal(capsys, arguments):
-    """The one sentence with which the command line refuses bad input."""
+@pytest.fixture
+def settings(files):
+    """A function that gives the complete settings of a run on the small data."""
+
+    def settings(**given):
+        own = {"data": str(files / "insects"), "weights": files / "vit.pth", "epochs": 3, "batch_size": 4}
+        return train.complete_settings({"method": "sa2vp"} | own | given)
+
+    return settings
+
+
+def fail(arguments):
     with pytest.raises(SystemExit) as stop:
         train.main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
+    return stop.value.code
+
+
+def refusal(capsys, arguments):
+    """The one sentence with which the command line refuses bad input."""
+    capsys.readouterr()
+    assert fail(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # no progress bars
     assert len(lines) == 1 and "Traceback" not in lines[0]
     return lines[0]
 
 
-# ---------------------------------------------------------------------- the backbone
+def table(path):
+    return list(csv.DictReader(path.open()))
 
 
-def test_vit_equals_torchvision_with_the_same_weights(tmp_path):
-    torch.manual_seed(0)
-    theirs = torchvision.models.VisionTransformer(64, 16, 3, 2, 128, 256).eval()
-    for parameter in theirs.parameters():
-        if not parameter.any():  # class token and biases start as zeros, which would hide a mistake
-            torch.nn.init.normal_(parameter, std=0.02)
-    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    ours = vit.load_vit(tmp_path / "vit.pth", 64).eval()
-    assert (ours.mean, ours.std) == (vit.IMAGENET_MEAN, vit.IMAGENET_STD)
-    theirs.heads = torch.nn.Identity()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
-
-
-def google_arrays(backbone):
-    """The arrays of Google's .npz for a backbone, by the layout its documentation gives."""
-    state = {name: tensor.numpy() for name, tensor in backbone.state_dict().items()}
-    dim, heads = backbone.dim, backbone.blocks[0].attn.heads
-    arrays = {
-        "cls": state["cls_token"],
-        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
-        "embedding/bias": state["patch_embed.proj.bias"],
-        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
-        "Transformer/encoder_norm/scale": state["norm.weight"],
-        "Transformer/encoder_norm/bias": state["norm.bias"],
-        "head/kernel": np.zeros((dim, 9)),
-        "pre_logits/bias": np.zeros(dim),
-    }
-    for i in range(len(backbone.blocks)):
-        to, of = f"Transformer/encoderblock_{i}", f"blocks.{i}"
-        for google, name in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
-            arrays[f"{to}/{google}/scale"] = state[f"{of}.{name}.weight"]
-            arrays[f"{to}/{google}/bias"] = state[f"{of}.{name}.bias"]
-        for google, name in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
-            arrays[f"{to}/MlpBlock_3/{google}/kernel"] = state[f"{of}.mlp.{name}.weight"].T
-            arrays[f"{to}/MlpBlock_3/{google}/bias"] = state[f"{of}.mlp.{name}.bias"]
-        to += "/MultiHeadDotProductAttention_1"
-        for j, name in enumerate(("query", "key", "value")):
-            rows = slice(j * dim, (j + 1) * dim)
-            arrays[f"{to}/{name}/kernel"] = state[f"{of}.attn.qkv.weight"][rows].T.reshape(dim, heads, dim // heads)
-            arrays[f"{to}/{name}/bias"] = state[f"{of}.attn.qkv.bias"][rows].reshape(heads, dim // heads)
-        arrays[f"{to}/out/kernel"] = state[f"{of}.attn.proj.weight"].T.reshape(heads, dim // heads, dim)
-        arrays[f"{to}/out/bias"] = state[f"{of}.attn.proj.bias"]
-    return arrays
-
-
-def test_google_npz_gives_weights_heads_and_normalisation(tmp_path):
-    backbone = small_vit(heads=4)
-    np.savez(tmp_path / "vit.npz", **google_arrays(backbone))
-    loaded = vit.load_vit(tmp_path / "vit.npz", image_size=32)
-    assert loaded.blocks[0].attn.heads == 4 and (loaded.mean, loaded.std) == (vit.HALF, vit.HALF)
-    assert loaded.fingerprint() == backbone.fingerprint()
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded(images), backbone(images))
-
-
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "args": argparse.Namespace(lr=1)},
-                                  lambda state: {"state_dict": state}])  # fmt: skip
-def test_timm_names_load_bare_or_wrapped_and_heads_are_left_out(tmp_path, wrap):
-    backbone = small_vit()
-    extra = {name: torch.zeros(1) for name in ("head.weight", "fc_norm.bias", "mask_token", "decoder_pos_embed")}
-    torch.save(wrap(backbone.state_dict() | extra), tmp_path / "vit.pth")
-    loaded = vit.load_vit(tmp_path / "vit.pth", image_size=32, heads=2, mean=(0, 0, 0))
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), backbone.state_dict().values()))
-    assert (loaded.mean, loaded.std) == ((0, 0, 0), vit.IMAGENET_STD)
-
-
-def test_position_embeddings_are_interpolated_to_another_grid(tmp_path):
-    backbone = small_vit(image_size=64)
-    torch.save(backbone.state_dict(), tmp_path / "vit.pth")
-    loaded = vit.load_vit(tmp_path / "vit.pth", image_size=(32, 96), heads=2)
-    assert loaded.grid == (2, 6) and torch.equal(loaded.pos_embed[:, 0], backbone.pos_embed[:, 0])
-    map_ = backbone.pos_embed[0, 1:].T.reshape(1, 16, 4, 4)
-    expected = F.interpolate(map_, size=(2, 6), mode="bicubic", align_corners=False).reshape(16, 12).T
-    torch.testing.assert_close(loaded.pos_embed[0, 1:], expected)
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (lambda state: state.pop("blocks.1.mlp.fc2.bias"), "blocks.1.mlp.fc2.bias"),
-        (lambda state: state.pop("patch_embed.proj.weight"), "patch_embed.proj.weight"),
-        (lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(16)}), "blocks.0.ls1.gamma"),
-        (lambda state: state.update({"norm.bias": torch.ones(3)}), "norm.bias"),
-        (lambda state: state.update({"patch_embed.proj.weight": torch.ones(16, 3, 2, 16, 16)}), "patch_embed.proj"),
-        (lambda state: state.update({"pos_embed": torch.ones(5)}), "pos_embed"),
-    ],
-)
-def test_a_missing_left_over_or_misshapen_tensor_is_named(tmp_path, change, named):
-    state = dict(small_vit().state_dict())
-    change(state)
-    torch.save(state, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=named):
-        vit.load_vit(tmp_path / "vit.pth", image_size=32, heads=2)
-
-
-def test_a_width_that_is_no_multiple_of_64_asks_for_the_heads(tmp_path):
-    torch.save(small_vit().state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match="number of heads"):
-        vit.load_vit(tmp_path / "vit.pth", image_size=32)
-
-
-def test_a_fingerprint_tells_backbones_apart_by_any_tensor():
-    backbone = small_vit()
-    seen = {backbone.fingerprint()}
-    for parameter in backbone.parameters():
-        parameter.data += 1e-3
-        seen.add(backbone.fingerprint())
-    assert len(seen) == 1 + len(list(backbone.parameters()))
-
-
-class Bomb:
-    def __reduce__(self):
-        return Path("went-off").touch, ()
-
-
-def test_a_weights_file_executes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": Bomb()}, "bomb.pth")
-    np.savez("bomb.npz", cls=np.array([Bomb()], dtype=object))
-    for name in ("bomb.pth", "bomb.npz"):
-        with pytest.raises(ValueError, match=name):
-            vit.load_vit(name)
-        with pytest.raises(ValueError, match=name):
-            sa2vp.load_official(name)
-        with pytest.raises(ValueError, match=name):
-            sa2vp.load(name)
-    assert not Path("went-off").exists()
-
-
-def test_the_papers_weights_are_downloaded_once_checked_and_never_half_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    content, calls = [b"damaged"], []
-
-    def download(url, path):
-        calls.append(url)
-        Path(path).write_bytes(content[0])
-        if not content[0]:
-            raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for content[0] in (b"damaged", b""):
-        with pytest.raises(OSError, match="--weights PATH"):
-            vit.download_imagenet21k()
-        assert not list(tmp_path.rglob("*.*"))
-    content[0] = b"right"
-    monkeypatch.setattr(vit, "IMAGENET21K_MD5", "7c4f29")
-    assert vit.download_imagenet21k() == vit.download_imagenet21k() and len(calls) == 3
-    assert calls[0].startswith("https://") and vit.download_imagenet21k().read_bytes() == b"right"
-
-
-# ---------------------------------------------------------------------- the method
+# ---------------------------------------------------------------------- the equations
 
 
 def draw(name, shape, mean=0.0, std=0.03):
@@ -305,6 +201,62 @@ def official_checkpoint(dim, depth, tokens, inner, classes, patch, maps=2):
     return state
 
 
+OFFICIAL_NAMES = {  # the released code's names -> ours; its copies of layer i's own weights are taken out below
+    r"^vit_base\.transformer\.(embeddings|encoder)\.": "",
+    r"^(cls_token)$": r"vit.\1",
+    r"^position_embeddings$": "vit.pos_embed",
+    r"^patch_embeddings\.": "vit.patch_embed.proj.",
+    r"^encoder_norm\.": "vit.norm.",
+    r"^layer\.(\d+)\.attention_norm\.": r"vit.blocks.\1.norm1.",
+    r"^layer\.(\d+)\.ffn_norm\.": r"vit.blocks.\1.norm2.",
+    r"^layer\.(\d+)\.ffn\.": r"vit.blocks.\1.mlp.",
+    r"^layer\.(\d+)\.attn\.out\.": r"vit.blocks.\1.attn.proj.",
+    r"^layer\.(\d+)\.attn\.": r"vit.blocks.\1.attn.",
+    r"^cross_attn\.(\d+)\.attention_norm\.": r"copy of vit.blocks.\1.norm1.",
+    r"^cross_attn\.(\d+)\.attn\.to_out\.": r"copy of vit.blocks.\1.attn.proj.",
+    r"^cross_attn\.(\d+)\.attn\.to_q\.": r"copy of vit.blocks.\1.attn.query.",
+    r"^cross_attn\.(\d+)\.attn\.to_k\.": r"copy of vit.blocks.\1.attn.key.",
+    r"^cross_attn\.(\d+)\.attn\.to_v\.": r"copy of vit.blocks.\1.attn.value.",
+    r"^cross_attn\.(\d+)\.ffn_norm\.": r"interactions.\1.adapter.norm.",
+    r"^cross_attn\.(\d+)\.ffn\.fc1\.": r"interactions.\1.adapter.down.",
+    r"^cross_attn\.(\d+)\.ffn\.fc2\.": r"interactions.\1.adapter.up.",
+    r"^ppt$": "prompt_map.tokens",
+    r"^ppt_proj\.": "prompt_map.proj.",
+    r"^deep_proj\.0\.": "interactions.4.fusion.prompt_map.proj.",
+    r"^deep_proj\.1\.": "interactions.8.fusion.prompt_map.proj.",
+    r"^class_head\.": "head.",
+}
+
+
+def load_official(path, scale=0.1, heads=None):
+    """A checkpoint of the authors' released code as an SA2VP. `scale` and `heads` are not in the file.
+
+    With one new prompt map in place of two (cars) it enters at layer 4. ValueError names what does not fit.
+    """
+    try:
+        tensors = vit.rename(vit.read_tensors(Path(path)), OFFICIAL_NAMES)
+        for name in [name for name in tensors if name.startswith("copy of ")]:
+            if not torch.equal(tensors.pop(name), tensors[name.removeprefix("copy of ")]):
+                raise ValueError(f"{name} is none")
+        new_maps, gates = tensors.pop("deep_ppt"), tensors.pop("cross_conv")  # stacked
+        if len(new_maps) > 2 or len(gates) not in (len(new_maps), 2):
+            raise ValueError(f"deep_ppt has {len(new_maps)} prompt maps and cross_conv {len(gates)} gates")
+        fusion_layers = (4, 8)[: len(new_maps)]
+        for i, new_map, gate in zip(fusion_layers, new_maps, gates):
+            tensors |= {f"interactions.{i}.fusion.prompt_map.tokens": new_map, f"interactions.{i}.fusion.gate": gate[None]}
+        if len(new_maps) == 1:  # the second projection is there, and nothing uses it
+            tensors = {name: tensor for name, tensor in tensors.items() if "interactions.8.fusion." not in name}
+        tensors = vit.join_qkv(tensors)
+        names = [name for name in tensors if name.startswith("vit.")]
+        backbone = vit.vit_from_tensors({name.removeprefix("vit."): tensors.pop(name) for name in names}, heads=heads)
+        inner_dim = tensors["prompt_map.tokens"].size(-1)
+        model = sa2vp.SA2VP(backbone, len(tensors["head.bias"]), inner_dim, scale, fusion_layers=fusion_layers)
+        sa2vp.load_trained(model, tensors)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint of the released SA2VP: {error}") from None
+    return model.eval()
+
+
 # What the authors' released code (its exact, per-token variant) computed for that checkpoint in float32.
 GOLDEN_BASE = [[0.3106474, 0.7494106, -0.7767359, -1.8029952], [0.69048494, 0.74388146, 0.3233544, -1.7496935]]
 GOLDEN_PROMPT = [[0.12830934, -0.9989903, -0.7256002, -1.7632062], [0.12550925, -1.0010186, -0.7275145, -1.7674283]]
@@ -323,15 +275,14 @@ GOLDEN_SQUARED_GRADIENTS = {
 def test_equals_the_released_code_forward_and_backward(tmp_path):
     state = official_checkpoint(dim=768, depth=12, tokens=197, inner=16, classes=200, patch=16)
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, tmp_path / "official.pth")
-    model = sa2vp.load_official(tmp_path / "official.pth")
-    assert (model.vit.mean, model.vit.std) == (vit.HALF, vit.HALF)
+    model = load_official(tmp_path / "official.pth")
     assert sa2vp.count_trained(model) == 372_912
 
     images, labels = draw("images", (2, 3, 224, 224), std=1.0), torch.tensor([3, 7])
     base, prompt = model(images)
     loss = sa2vp.two_pathway_loss((base, prompt), labels)
     loss.backward()
-    gradients = {name: tensor.grad.double() for name, tensor in sa2vp.trained_parameters(model).items()}
+    gradients = {name: tensor.grad.double() for name, tensor in trained_parameters(model).items()}
     scale = base.abs().max().item()
     torch.testing.assert_close(base[:, :4], torch.tensor(GOLDEN_BASE), rtol=0, atol=1e-5 * scale)
     torch.testing.assert_close(prompt[:, :4], torch.tensor(GOLDEN_PROMPT), rtol=0, atol=1e-5 * scale)
@@ -344,7 +295,7 @@ def test_equals_the_released_code_forward_and_backward(tmp_path):
 def test_an_official_checkpoint_with_one_new_prompt_map_has_fusion_in_layer_4_alone(tmp_path):
     state = official_checkpoint(dim=64, depth=12, tokens=5, inner=8, classes=3, patch=4, maps=1)
     torch.save({"model": state}, tmp_path / "cars.pth")
-    model = sa2vp.load_official(tmp_path / "cars.pth", scale=1.5)
+    model = load_official(tmp_path / "cars.pth", scale=1.5)
     assert [i for i, interaction in enumerate(model.interactions) if interaction.fusion] == [4]
     assert model.interactions[0].scale == 1.5 and model.vit.image_size == (8, 8)
 
@@ -352,7 +303,7 @@ def test_an_official_checkpoint_with_one_new_prompt_map_has_fusion_in_layer_4_al
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("vit_base.transformer.encoder.cross_attn.1.attn.to_q.weight", torch.zeros(64, 64)),  # no copy any more
+        ("vit_base.transformer.encoder.cross_attn.1.attn.to_q.weight", torch.zeros(64, 64)),  # no copy
         ("vit_base.transformer.encoder.deep_ppt", torch.zeros(2, 1, 6, 8)),
         ("vit_base.transformer.encoder.deep_ppt", torch.zeros(3, 1, 5, 8)),
         ("vit_base.transformer.encoder.cross_conv", torch.zeros(3, 64)),
@@ -364,9 +315,10 @@ def test_an_official_checkpoint_that_is_amiss_is_refused_by_name(tmp_path, name,
     state = official_checkpoint(dim=64, depth=12, tokens=5, inner=8, classes=3, patch=4) | {name: value}
     torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "official.pth")
     hint = name.split("encoder.")[-1].split("transformer.")[-1].replace("class_head", "head")
+    hint = hint.replace("cross_attn.1.attn.to_q", "blocks.1.attn.query")
     hint = f"fusion.prompt_map.tokens|{hint}"  # deep_ppt is taken apart into these
     with pytest.raises(ValueError, match=hint):
-        sa2vp.load_official(tmp_path / "official.pth")
+        load_official(tmp_path / "official.pth")
 
 
 def literal(model, window, distill_layers, fusion_layers, scale, image):
@@ -440,13 +392,12 @@ def test_equals_the_equations_taken_literally_token_by_token(prompt_grid, window
     expected = [torch.stack(logits) for logits in zip(*pairs)]
     ours = model(images)
     torch.testing.assert_close(list(ours), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(model.predict(images), expected[0], rtol=1e-9, atol=1e-9)
 
     def gradients(logits):
         loss = sa2vp.two_pathway_loss(logits, torch.tensor([0, 2]))
-        return torch.autograd.grad(loss, list(sa2vp.trained_parameters(model).values()), allow_unused=True)
+        return torch.autograd.grad(loss, list(trained_parameters(model).values()), allow_unused=True)
 
-    for name, grad, right in zip(sa2vp.trained_parameters(model), gradients(ours), gradients(expected)):
+    for name, grad, right in zip(trained_parameters(model), gradients(ours), gradients(expected)):
         assert (grad is None) == (right is None), name
         if grad is not None:
             torch.testing.assert_close(grad, right, rtol=1e-7, atol=1e-9, msg=lambda text: f"{name}: {text}")
@@ -506,10 +457,11 @@ def test_trained_parameters_are_as_many_as_the_paper_says():
         (dict(inner_dim=64, fusion_layers=(4,)), 1_333_888),  # cars
     ):
         assert sa2vp.count_trained(sa2vp.SA2VP(backbone, 10, **options)) == count
-    assert sa2vp.count_trained(sa2vp.LinearProbe(backbone, 10)) == 0
+    assert sa2vp.count_trained(sa2vp.linear_probe(backbone, 10)) == 0
+    assert sa2vp.count_trained(sa2vp.AdapterTuning(backbone, 10, 16)) == 12 * (2 * 768 + 2 * 768 * 16 + 768 + 16)
     assert sa2vp.count_trained(sa2vp.VPTDeep(backbone, 10)) == 12 * 50 * 768
     encoder = sum(parameter.numel() for parameter in backbone.parameters())
-    assert sa2vp.count_trained(sa2vp.FullFineTuning(backbone, 10)) == encoder
+    assert sa2vp.count_trained(sa2vp.full_fine_tuning(backbone, 10)) == encoder
 
 
 def test_what_does_not_depend_on_the_image_is_computed_for_a_batch_of_one():
@@ -523,28 +475,22 @@ def test_what_does_not_depend_on_the_image_is_computed_for_a_batch_of_one():
     assert sizes == [base, fusion, base, prompt, base, prompt, base, prompt, class_only, class_only, fusion]
 
 
-def test_prediction_leaves_out_the_last_layer_of_the_prompt_pathway():
-    model = small_model(distill_layers=(0,))
-    calls = []
-    model.vit.blocks[-1].mlp.register_forward_hook(lambda *_: calls.append(1))
-    images = torch.randn(2, 3, 48, 64, dtype=torch.double)
-    base, _ = model(images)
-    assert len(calls) == 2
-    assert torch.equal(model.predict(images), base) and len(calls) == 3
-
-
-def test_one_dropout_governs_both_pathways_the_encoder_and_the_adapters():
-    model = small_model(dropout=0.25)
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
-    images = torch.randn(2, 3, 48, 64, dtype=torch.double)
+def test_dropout_of_one_rate_is_on_both_pathways_the_encoder_and_the_adapters():
+    model = small_model(dropout=0.5)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
+    images, seen = torch.randn(2, 3, 48, 64, dtype=torch.double), []
+    model.interactions[0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[1:]))
     assert torch.equal(model(images)[0], model(images)[0])
+    assert all((tokens != 0).all() for tokens in seen)
     model.train()
     assert not torch.equal(model(images)[0], model(images)[0])
+    for tokens in seen[-2:]:  # B_0 and P_0
+        assert 0.3 < (tokens == 0).double().mean() < 0.7
 
 
 def test_initialisation_is_the_methods():
     model = sa2vp.SA2VP(vit.VisionTransformer(64, 16, 256, 5, 4), 50, inner_dim=16)
-    parameters = sa2vp.trained_parameters(model)
+    parameters = trained_parameters(model)
     for name, tensor in parameters.items():
         std = tensor.std().item()
         if name.endswith(("tokens", "gate", "head.weight")):
@@ -561,13 +507,13 @@ def test_initialisation_is_the_methods():
 
 def test_without_prompting_messages_it_predicts_as_a_linear_probe():
     model = small_model()
-    probe = sa2vp.LinearProbe(model.vit, 3).double().eval()
+    probe = sa2vp.linear_probe(model.vit, 3).double().eval()
     probe.head = model.head
     images = torch.randn(2, 3, 48, 64, dtype=torch.float64)
-    assert not torch.allclose(model.predict(images), probe.predict(images))
-    for interact in model.interactions:
-        interact.scale = 0.0
-    torch.testing.assert_close(model.predict(images), probe.predict(images))
+    assert not torch.allclose(model(images)[0], probe(images)[0])
+    for interaction in model.interactions:
+        interaction.scale = 0.0
+    torch.testing.assert_close(model(images)[0], probe(images)[0])
 
 
 def test_without_distillation_the_prompt_pathway_never_sees_the_image():
@@ -577,16 +523,32 @@ def test_without_distillation_the_prompt_pathway_never_sees_the_image():
         assert torch.equal(prompt[0], prompt[1]) == blind and not torch.allclose(base[0], base[1])
 
 
-def test_frozen_adapters_stay_as_they_were_drawn_and_come_back_with_the_model(run):
-    model, meta = sa2vp.load(run("--freeze-adapters", "--lr", 0.01) / "best.pt")
-    fresh, _ = train.build(meta["settings"], data.find(meta["settings"]["data"]), meta["classes"])
-    tuned, trained = dict(model.named_parameters()), sa2vp.trained_parameters(model)
-    for name, drawn in fresh.named_parameters():
-        frozen = ".adapter." in name or name.startswith("vit.")
-        assert torch.equal(tuned[name], drawn) == (name not in trained) == frozen, name
+def test_the_loss_weighs_the_pathways_8_to_2():
+    base, prompt, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    expected = 0.8 * F.cross_entropy(base, labels) + 0.2 * F.cross_entropy(prompt, labels)
+    torch.testing.assert_close(sa2vp.two_pathway_loss((base, prompt), labels), expected)
+    torch.testing.assert_close(sa2vp.two_pathway_loss((base,), labels), F.cross_entropy(base, labels))
 
 
-# ---------------------------------------------------------------------- looking inside
+# ---------------------------------------------------------------------- baselines and looking inside
+
+
+def test_vpt_prompts_are_drawn_as_vpt_draws_them_and_take_part_in_every_layer():
+    model = sa2vp.VPTDeep(small_vit(), 3, prompts=20)
+    bound = math.sqrt(6 / (3 * 16 * 16 + 16))
+    assert 0.95 * bound < model.prompts.abs().max() <= bound
+    (logits,) = model(torch.randn(2, 3, 32, 32))
+    logits.square().sum().backward()
+    assert model.prompts.grad.abs().sum(dim=(1, 2, 3)).all()
+
+
+def test_adapter_tuning_adds_the_adapters_message_to_every_layer():
+    model = sa2vp.AdapterTuning(small_vit(), 3, 4, scale=0.5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    x = model.vit.embed(images)
+    for block, adapter in zip(model.vit.blocks, model.adapters):
+        x = block(x) + 0.5 * adapter.up(F.gelu(adapter.down(adapter.norm(x))))
+    torch.testing.assert_close(model(images)[0], model.head(model.vit.norm(x[:, 0])))
 
 
 def last_layer_attention(layer, x):
@@ -633,630 +595,267 @@ def test_the_prompting_strength_is_the_norm_of_what_prompts_add_to_each_image_to
     torch.testing.assert_close(sa2vp.prompting_strength(model, images), expected)
 
 
-@pytest.mark.parametrize("method", sa2vp.METHODS)
-def test_show_writes_a_row_for_each_of_some_test_pictures(run, capsys, method):
-    out = run("--method", method, epochs=1)
-    columns, asked, rows = {"sa2vp": (6, 100, 8), "vpt": (4, 2, 2), "full": (4, 2, 2), "linear": (3, 2, 2)}[method]
-    train.main(["--eval", str(out / "best.pt"), "--show", str(asked), "--cpu"])  # there are eight pictures
-    assert "show.png" in capsys.readouterr().out
-    with Image.open(out / "show.png") as page:
-        tile = (train.PAGE - train.GAP) // columns - train.GAP
-        assert page.size == (1200, train.HEAD + train.GAP + rows * (tile + train.GAP))
-        for column in range(columns):  # something in each of them, its title too
-            left = train.GAP + column * (tile + train.GAP)
-            for top, height in ((0, train.HEAD), (train.HEAD + train.GAP, tile)):
-                assert len(page.crop((left, top, left + tile, top + height)).getcolors(10**6)) > 1
+# ---------------------------------------------------------------------- the backbone and its weights
 
 
-@pytest.mark.parametrize("crop", [False, True])
-def test_pictures_are_shown_in_their_own_proportions_or_as_they_were_cropped(tmp_path, crop):
-    Image.new("RGB", (90, 30), (200, 0, 0)).save(tmp_path / "wide.png")
-    model = sa2vp.LinearProbe(small_vit(), 2).eval()
-    meta = dict(method="linear", classes=["a", "b"], crop=crop, image_size=(32, 32), mean=vit.HALF, std=vit.HALF)
-    page = np.asarray(train.draw_page(model, model.vit, meta, [(tmp_path / "wide.png", 0)]))
-    tile = (train.PAGE - train.GAP) // 3 - train.GAP
-    seen = page[train.HEAD + train.GAP :, train.GAP :][:tile, :tile]
-    red = (abs(seen.astype(int) - (200, 0, 0)) < 3).all(axis=-1)
-    assert red.any(axis=0).sum() == tile and red.any(axis=1).sum() == (tile if crop else round(tile / 3))
-
-
-def test_principal_components_become_colours_and_noise_does_not():
+def test_vit_equals_torchvision_with_the_same_weights(tmp_path):
     torch.manual_seed(0)
-    tokens = 1e-5 * torch.randn(6, 5)
-    tokens[:, 2] = torch.tensor([0.0, 1, 2, 3, 4, 5])
-    colours = train.principal_colours(tokens).astype(int)
-    ramp = colours[:, 0] if colours[0, 0] < 100 else colours[::-1, 0]  # a component has no sign
-    assert ramp.tolist() == pytest.approx([0, 51, 102, 153, 204, 255], abs=1) and colours[:, 1:].max() < 5
-    assert train.principal_colours(torch.ones(1, 5)).tolist() == [[0, 0, 0]]
-
-
-def test_vpt_prompts_take_part_in_every_layer():
-    model = sa2vp.VPTDeep(small_vit(), 3, prompts=2)
-    (logits,) = model(torch.randn(2, 3, 32, 32))
-    logits.square().sum().backward()
-    assert model.prompts.grad.abs().sum(dim=(1, 2, 3)).all()
-
-
-def test_the_loss_weighs_the_pathways_8_to_2():
-    base, prompt, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
-    expected = 0.8 * F.cross_entropy(base, labels) + 0.2 * F.cross_entropy(prompt, labels)
-    torch.testing.assert_close(sa2vp.two_pathway_loss((base, prompt), labels), expected)
-    torch.testing.assert_close(sa2vp.two_pathway_loss((base,), labels), F.cross_entropy(base, labels))
-
-
-# ---------------------------------------------------------------------- the data
-
-
-def save_picture(path, mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, (50, 40)).save(path)
-
-
-def make_birds(folder, first_id, per_class=12):
-    """cub and nabirds: four text files and a folder per class. Every second picture is of the training set."""
-    classes = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
-    tables = {name: [] for name in ("images", "image_class_labels", "train_test_split", "classes")}
-    for label, name in enumerate(classes):
-        class_id = first_id + 7 * label
-        tables["classes"].append(f"{class_id} {name}")
-        for i in range(per_class):
-            image = f"0000139e-{label}{i}"
-            save_picture(folder / "images" / name / f"{i}.jpg")
-            tables["images"].append(f"{image} {name}/{i}.jpg")
-            tables["image_class_labels"].append(f"{image} {class_id}")
-            tables["train_test_split"].append(f"{image} {i % 2}")
-    tables["classes"].append("999 Birds")  # nabirds lists parent classes
-    for name, lines in tables.items():
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def make_json_split(folder, images, first_id):
-    """VPT's three files: two classes of 8, 2 and 4 pictures."""
-    folder.mkdir()
-    for split, count in {"train": 8, "val": 2, "test": 4}.items():
-        listed = {f"{name}/{split}{i}.jpg": first_id + n for n, name in enumerate(("a", "b")) for i in range(count)}
-        for path in listed:
-            save_picture(images / path)
-        (folder / f"{split}.json").write_text(json.dumps(listed))
-
-
-class FakeScipy:
-    """Stands for scipy.io, so that the tests need no scipy: .mat files hold .npz here."""
-
-    @staticmethod
-    def save(path, **arrays):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            np.savez(file, **arrays)
-
-    @staticmethod
-    def loadmat(path, squeeze_me=False):
-        with np.load(path, allow_pickle=True) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-
-
-def cell(strings):
-    """What scipy makes of a MATLAB cell array of strings."""
-    column = np.empty((len(strings), 1), dtype=object)
-    for row, string in zip(column, strings):
-        row[0] = np.array([string])
-    return column
-
-
-def make_dogs(root):
-    for split, count in (("train", 20), ("test", 4)):
-        paths = [f"n0208-{name}/{split}{i}.jpg" for name in ("Pug", "Chow") for i in range(count)]
-        for path in paths:
-            save_picture(root / "dogs" / "Images" / path)
-        labels = np.repeat([[1], [2]], count, axis=0)
-        FakeScipy.save(root / "dogs" / f"{split}_list.mat", file_list=cell(paths), labels=labels)
-
-
-def make_flowers(root):
-    folder = root / "flowers-102"
-    for i in range(1, 29):
-        save_picture(folder / "jpg" / f"image_{i:05d}.jpg")
-    FakeScipy.save(folder / "setid.mat", trnid=np.arange(1, 17), valid=np.arange(17, 21), tstid=np.arange(21, 29))
-    FakeScipy.save(folder / "imagelabels.mat", labels=1 + np.arange(28) % 2)
-
-
-def make_cars(root):
-    folder = root / "stanford_cars"
-    for split, count in (("train", 40), ("test", 8)):
-        kinds = [("fname", object), ("class", int)]
-        annotations = np.array([(f"{i:05d}.jpg", 1 + i % 2) for i in range(count)], dtype=kinds)
-        for name in annotations["fname"]:
-            save_picture(folder / f"cars_{split}" / name)
-        file = "devkit/cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
-        FakeScipy.save(folder / file, annotations=annotations)
-    FakeScipy.save(folder / "devkit" / "cars_meta.mat", class_names=np.array(["Audi", "BMW"], dtype=object))
-
-
-def make_cifar(root, folder, coarse, files, names):
-    (root / folder).mkdir(parents=True)
-    for file in files:
-        labels = [i % 2 for i in range(20)]
-        entry = {"data": np.zeros((20, 3072), dtype=np.uint8), "fine_labels" if coarse else "labels": labels}
-        (root / folder / file).write_bytes(pickle.dumps(entry))
-    (root / folder / names[0]).write_bytes(pickle.dumps({names[1]: ["cat", "dog"]}))
-
-
-def make_dtd(root):
-    for split, count in (("train", 8), ("val", 2), ("test", 4)):
-        paths = [f"{name}/{name}_{split}{i}.jpg" for name in ("dotted", "lined") for i in range(count)]
-        for path in paths:
-            save_picture(root / "dtd" / "dtd" / "images" / path)
-        (root / "dtd" / "dtd" / "labels").mkdir(exist_ok=True)
-        (root / "dtd" / "dtd" / "labels" / f"{split}1.txt").write_text("\n".join(paths))
-
-
-def make_food(root):
-    (root / "food-101" / "meta").mkdir(parents=True)
-    for split, count in (("train", 20), ("test", 4)):
-        listed = {name: [f"{name}/{split}{i}" for i in range(count)] for name in ("pho", "sushi")}
-        for path in sum(listed.values(), []):
-            save_picture(root / "food-101" / "images" / f"{path}.jpg")
-        (root / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(listed))
-
-
-def make_gtsrb(root):
-    base = root / "gtsrb" / "GTSRB"
-    for i in range(40):
-        save_picture(base / "Training" / f"{i % 2:05d}" / f"{i:05d}.ppm")
-    for i in range(8):
-        save_picture(base / "Final_Test" / "Images" / f"{i:05d}.ppm")
-    lines = ["Filename;ClassId"] + [f"{i:05d}.ppm;{i % 2}" for i in range(8)]
-    (root / "gtsrb" / "GT-final_test.csv").write_text("\n".join(lines))
-
-
-def make_svhn(root):
-    for split, count in (("train", 40), ("test", 8)):
-        pictures = np.zeros((32, 32, 3, count), dtype=np.uint8)
-        digits = np.array([[10 if i % 2 else 1] for i in range(count)])
-        FakeScipy.save(root / f"{split}_32x32.mat", X=pictures, y=digits)
-
-
-def make_vtab(root, name="clevr_count"):
-    folder = root / "vtab-1k" / name
-    lists = {"train800": 16, "val200": 4, "test": 8}
-    for split, count in lists.items():
-        for i in range(count):
-            save_picture(folder / f"images/{split}/{i:06d}.png", mode="RGBA")
-        (folder / f"{split}.txt").write_text("\n".join(f"images/{split}/{i:06d}.png {i % 8}" for i in range(count)))
-    both = [(folder / f"{split}.txt").read_text() for split in ("train800", "val200")]
-    (folder / "train800val200.txt").write_text("\n".join(both))
-
-
-CIFAR10_FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-LAYOUTS = {  # name: (how to make a small copy below a root, sizes of train, val and test, whether it needs scipy)
-    "cub": (lambda root: make_birds(root / "CUB_200_2011", 1), (10, 2, 12), False),
-    "nabirds": (lambda root: make_birds(root / "nabirds", 295), (10, 2, 12), False),
-    "flowers": (make_flowers, (16, 4, 8), True),
-    "dogs": (make_dogs, (36, 4, 8), True),
-    "cars": (make_cars, (36, 4, 8), True),
-    "vtab/clevr_count": (make_vtab, (20, 0, 8), False),
-    "hta/cifar10": (
-        lambda root: make_cifar(root, "cifar-10-batches-py", False, CIFAR10_FILES, ("batches.meta", "label_names")),
-        (90, 10, 20), False,
-    ),
-    "hta/cifar100": (
-        lambda root: make_cifar(root, "cifar-100-python", True, ("train", "test"), ("meta", "fine_label_names")),
-        (18, 2, 20), False,
-    ),
-    "hta/dtd": (make_dtd, (16, 4, 8), False),
-    "hta/food101": (make_food, (36, 4, 8), False),
-    "hta/gtsrb": (make_gtsrb, (36, 4, 8), False),
-    "hta/svhn": (make_svhn, (36, 4, 8), True),
-}  # fmt: skip
-JSON_LAYOUTS = {  # name: (the data set's folder, where its pictures are, its first class id)
-    "cub": ("CUB_200_2011", "images", 1),
-    "nabirds": ("nabirds", "images", 0),
-    "flowers": ("flowers-102", "", 1),
-    "dogs": ("dogs", "Images", 1),
-    "cars": ("stanford_cars", "", 1),
-}
-
-
-@pytest.fixture
-def no_checksums(monkeypatch):
-    """Small copies have other checksums than those that torchvision pins."""
-    for module in ("cifar", "svhn", "flowers102"):
-        check_integrity = f"torchvision.datasets.{module}.check_integrity"
-        monkeypatch.setattr(check_integrity, lambda path, md5=None: Path(path).exists())
-
-
-@pytest.fixture
-def fake_scipy(monkeypatch):
-    package = types.ModuleType("scipy")
-    package.io = FakeScipy
-    monkeypatch.setitem(sys.modules, "scipy", package)
-    monkeypatch.setitem(sys.modules, "scipy.io", FakeScipy)
-
-
-def check(splits, sizes, num_classes):
-    assert tuple(map(len, splits[:3])) == sizes
-    assert len(splits.classes) == num_classes
-    samples = [sample for part in splits[:3] for sample in part]
-    assert {label for _, label in samples} <= set(range(num_classes))
-    paths = [str(picture) for picture, _ in samples if isinstance(picture, Path)]
-    assert len(set(paths)) == len(paths)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_is_read_and_trained_on(run, files, tmp_path, no_checksums, fake_scipy, name):
-    make, sizes, _ = LAYOUTS[name]
-    make(tmp_path / "root")
-    splits = data.load(data.find(name), tmp_path / "root", seed=0)
-    check(splits, sizes, len(splits.classes))
-    assert len({label for _, label in splits.train}) == (8 if name.startswith("vtab") else 2)
-    out = run("--data", name, "--root", tmp_path / "root", epochs=1)
-    result = json.loads((out / "result.json").read_text())
-    assert 0 <= result["accuracy"] <= 100 and (result["val_accuracy"] is None) == name.startswith("vtab")
-
-
-@pytest.mark.parametrize("name", JSON_LAYOUTS)
-def test_the_json_split_is_taken_where_it_lies_beside_the_images_and_needs_no_scipy(tmp_path, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    folder, images, first_id = JSON_LAYOUTS[name]
-    make_json_split(tmp_path / folder, tmp_path / folder / images, first_id)
-    for prefix in ("", "hta/") if name != "cars" else ("",):
-        splits = data.load(data.find(prefix + name), tmp_path, seed=0)
-        check(splits, (16, 4, 8), data.find(name).classes)
-        assert "json" in splits.origin and splits.classes[:2] == ["a", "b"]
-
-
-def test_a_json_split_without_class_folders_names_its_classes_by_number(tmp_path):
-    make_json_split(tmp_path / "flowers-102", tmp_path / "flowers-102", 1)
-    for split in ("train", "val", "test"):
-        (tmp_path / "flowers-102" / f"{split}.json").write_text(json.dumps({"a/test0.jpg": 1, "a/test1.jpg": 2}))
-    assert data.load(data.find("flowers"), tmp_path, seed=0).classes[:2] == ["class 0", "class 1"]
-
-
-def test_an_incomplete_json_split_or_a_damaged_list_is_refused(tmp_path):
-    folder = make_birds(tmp_path / "CUB_200_2011", 1)
-    (folder / "train.json").write_text("{}")
-    with pytest.raises(data.DataError, match="val.json"):
-        data.load(data.find("cub"), tmp_path, seed=0)
-    (folder / "train.json").unlink()
-    (folder / "image_class_labels.txt").write_text("1 1")
-    with pytest.raises(data.DataError, match="lists of cub cannot be read"):
-        data.load(data.find("cub"), tmp_path, seed=0)
-
-
-@pytest.mark.parametrize("name", [name for name, (_, _, scipy) in LAYOUTS.items() if scipy])
-def test_where_scipy_is_needed_and_absent_the_error_says_so(tmp_path, monkeypatch, no_checksums, name):
-    LAYOUTS[name][0](tmp_path)
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ValueError, match=f"{name} .*pip install scipy"):
-        data.load(data.find(name), tmp_path, seed=0)
-
-
-@pytest.mark.parametrize("name", ["nabirds", "cars"])
-def test_what_cannot_be_downloaded_says_where_it_is_and_where_to_put_it(tmp_path, fake_scipy, name):
-    with pytest.raises(FileNotFoundError, match=f"{data.find(name).source}.*{tmp_path}"):
-        data.load(data.find(name), tmp_path, seed=0)
-
-
-def test_the_official_split_is_kept_and_labels_are_the_same_everywhere(tmp_path):
-    for name, folder, first_id in (("cub", "CUB_200_2011", 1), ("nabirds", "nabirds", 295)):
-        make_birds(tmp_path / folder, first_id)
-        splits = data.load(data.find(name), tmp_path, seed=0)
-        assert splits.classes == ["001.Black_footed_Albatross", "002.Laysan_Albatross"] and "official" in splits.origin
-        for path, label in splits.train + splits.val + splits.test:
-            assert path.parent.name == splits.classes[label]
-            assert (int(path.stem) % 2 == 0) == ((path, label) in splits.test)
-
-
-def test_the_table_has_the_papers_settings():
-    def settings(names):
-        return {name: (row.inner_dim, row.scale, row.batch_size) for name in names for row in [data.TABLE[name]]}
-
-    assert [len(data.GROUPS[name]) for name in ("fgvc", "vtab", "hta")] == [5, 19, 10]
-    assert settings(data.GROUPS["fgvc"]) == {
-        "cub": (16, 0.1, 64), "nabirds": (32, 0.1, 64), "flowers": (8, 0.1, 64), "dogs": (32, 0.1, 64),
-        "cars": (64, 1.5, 64),
-    }  # fmt: skip
-    exceptions = {"svhn": (16, 0.5), "resisc45": (16, 0.5), "dsprites_ori": (16, 0.1), "smallnorb_ele": (32, 0.5)}
-    for group, usual in {"natural": (8, 0.1, 64), "specialized": (16, 1.5, 40), "structured": (32, 1.5, 40)}.items():
-        for name, found in settings(data.GROUPS[f"vtab/{group}"]).items():
-            assert found == (*exceptions.get(name.removeprefix("vtab/"), usual[:2]), usual[2]), name
-    assert set(settings(data.GROUPS["hta"]).values()) == {(64, 0.1, 64)}
-    for row in data.ROWS[:34]:
-        method = train.settle({"data": row.name})
-        assert method["lr"] == (5e-4 if row.name in ("vtab/oxford_iiit_pet", "vtab/clevr_count") else 1e-3)
-        assert method["fusion_layers"] == ((4,) if row.name == "cars" else None)
-        assert (method["epochs"], method["warmup_epochs"], method["weight_decay"]) == (100, 10, 1e-4)
-        assert (method["dropout"], method["window"], method["seed"], row.image_size) == (0.1, 3, 42, 224)
-        assert row.crop == (row.name in data.GROUPS["fgvc"]) and row.vtab == row.name.startswith("vtab/")
-    counts = [200, 555, 102, 120, 196]
-    counts += [102, 100, 47, 102, 37, 10, 397] + [2, 10, 45, 5] + [8, 6, 6, 4, 16, 16, 18, 9]
-    counts += [200, 555, 102, 120, 10, 100, 47, 101, 43, 10]
-    assert [row.classes for row in data.ROWS[:34]] == counts
-
-
-def test_vtab_is_tuned_on_train800_and_val200_without_a_look_at_the_test_data(run, tmp_path, capsys):
-    make_vtab(tmp_path / "root")
-    (tmp_path / "root" / "vtab-1k" / "clevr_count" / "test.txt").unlink()
-    splits = data.load(data.find("vtab/clevr_count"), tmp_path / "root", seed=0, tune=True)
-    assert [len(samples) for samples in splits[:3]] == [16, 4, 0]
-    out = run("--data", "vtab/clevr_count", "--root", tmp_path / "root", "--tune")
-    result = json.loads((out / "result.json").read_text())
-    assert result["accuracy"] is None and 0 <= result["val_accuracy"] <= 100
-    assert "--tune" in refusal(capsys, ["--data", "cub", "--tune", "--cpu"])
-
-
-def test_a_checkpoint_is_tested_with_the_transforms_it_was_trained_with(run, files, capsys, monkeypatch):
-    out, asked = run(epochs=1), []
-    checkpoint = torch.load(out / "best.pt", weights_only=True) | {"crop": False}
-    torch.save(checkpoint, out / "squeezed.pt")
-    transform = data.transform
-    monkeypatch.setattr(data, "transform", lambda crop, *rest: asked.append(crop) or transform(crop, *rest))
-    for name in ("best.pt", "squeezed.pt"):
-        train.main(["--eval", str(out / name), "--cpu", "--workers", "0"])
-    assert asked == [True, False]
-
-
-def test_a_checkpoint_that_lacks_something_is_refused_by_name(run, capsys):
-    out = run(epochs=1)
-    whole = torch.load(out / "best.pt", weights_only=True)
-    capsys.readouterr()
-    for change in ({"method": "magic"}, {"settings": None}, {"trained": {}}, {"trained": 1}, {"options": {"magic": 1}}):
-        damaged = {name: value for name, value in (whole | change).items() if value is not None}
-        torch.save(damaged, out / "damaged.pt")
-        assert "damaged.pt" in refusal(capsys, ["--eval", out / "damaged.pt", "--cpu"])
-
-
-def test_a_run_remembers_where_its_data_was(run, tmp_path, capsys):
-    make_birds(tmp_path / "elsewhere" / "CUB_200_2011", 1)
-    out = run("--data", "cub", "--root", tmp_path / "elsewhere", epochs=1)
-    capsys.readouterr()
-    for command in (["--eval", str(out / "best.pt"), "--cpu"], ["--resume", "--out", str(out), "--cpu"]):
-        train.main(command)
-        assert "test" in capsys.readouterr().out
-
-
-def test_vtab_reports_the_last_epoch(run, tmp_path):
-    make_vtab(tmp_path / "root")
-    out = run("--data", "vtab/clevr_count", "--root", tmp_path / "root")
-    assert json.loads((out / "result.json").read_text())["best_epoch"] == 3
-    assert torch.load(out / "best.pt", weights_only=True)["epoch"] == 3
-
-
-def test_the_list_has_a_line_for_each_data_set(capsys):
-    train.main(["--list"])
-    lines = capsys.readouterr().out.strip().splitlines()[1:]
-    assert [line.split()[0] for line in lines[:34]] == [row.name for row in data.ROWS[:34]]
-
-
-def small_group(root, monkeypatch):
-    for name in ("cub", "nabirds"):
-        LAYOUTS[name][0](root)
-    make_vtab(root, "dsprites_loc")
-    monkeypatch.setitem(data.GROUPS, "trio", ["cub", "vtab/dsprites_loc", "nabirds"])
-    monkeypatch.setitem(data.PUBLISHED["sa2vp"], "trio", 90.0)
-
-
-def test_a_group_killed_and_resumed_ends_with_the_table_of_one_that_was_not(run, tmp_path, monkeypatch, capsys):
-    small_group(tmp_path / "root", monkeypatch)
-    flags = ["--data", "trio", "--root", tmp_path / "root", "--seeds", 0, 1]
-    whole = run(*flags, out="whole", epochs=2)
-    table = capsys.readouterr().out.split("data  ")[-1]
-    evaluate, calls = train.evaluate, []
-
-    def killed(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 7:  # in the third run of six
-            raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
-
-    monkeypatch.setattr(train, "evaluate", killed)
-    with pytest.raises(SystemExit):
-        run(*flags, out="broken", epochs=2)
-    command = shlex.split(capsys.readouterr().err.strip().splitlines()[-1].split("python train.py ")[1])
-    first = (tmp_path / "broken" / "cub-seed0" / "best.pt").stat().st_mtime_ns
-    train.main(command)
-    assert (tmp_path / "broken" / "cub-seed0" / "best.pt").stat().st_mtime_ns == first  # what was finished is kept
-    assert capsys.readouterr().out.split("data  ")[-1] == table
-    assert (tmp_path / "broken/results.csv").read_text() == (whole / "results.csv").read_text()
-    rows = list(csv.DictReader((whole / "results.csv").open()))
-    assert [row["data"] for row in rows] == ["cub", "vtab/dsprites_loc", "nabirds", "trio"]
-    means = [float(row["accuracy"]) for row in rows]
-    assert means[3] == pytest.approx(sum(means[:3]) / 3) and rows[3]["published"] == "90.0" and rows[0]["std"]
-    assert "other settings" in refusal(capsys, [*command, "--lr", "0.5"])
-
-
-def test_a_member_of_a_group_whose_data_is_missing_is_named_and_the_rest_still_runs(run, tmp_path, monkeypatch, capsys):
-    small_group(tmp_path / "root", monkeypatch)
-    (tmp_path / "root" / "nabirds" / "images.txt").unlink()
-    with pytest.raises(SystemExit) as stop:
-        run("--data", "trio", "--root", tmp_path / "root", epochs=1)
-    assert stop.value.code == 2 and "nabirds could not run" in capsys.readouterr().err
-    rows = list(csv.DictReader(Path("run/results.csv").open()))
-    assert [bool(row["accuracy"]) for row in rows] == [True, True, False, False]
-
-
-def test_an_ablation_changes_one_thing_a_run_and_goes_on_after_an_interruption(run, monkeypatch, capsys):
-    flags = ["--ablate", "--scale", 0.5, "--lr", 0.02, "--seed", 7]
-    fit, begun = train.fit, []
-
-    def killed(settings, *arguments, **options):
-        begun.append(1)
-        if len(begun) == 4:
-            raise KeyboardInterrupt
-        return fit(settings, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", killed)
-        with pytest.raises(SystemExit):
-            run(*flags, epochs=2)
-    command = shlex.split(capsys.readouterr().err.strip().splitlines()[-1].split("python train.py ")[1])
-    train.main(command)
-    table = capsys.readouterr().out.split("variant  ")[-1].splitlines()[1:]
-
-    one = dict(inner_dim=16, scale=0.5, dropout=0.1, window=3, prompt_grid=None, distill_layers=None,
-               fusion_layers=None, freeze_adapters=False)  # fmt: skip
-    changed = {
-        "full-method": {}, "linear-probe": None, "window-none": {"window": None}, "window-1": {"window": 1},
-        "window-5": {"window": 5}, "no-distillation": {"distill_layers": ()}, "no-fusion": {"fusion_layers": ()},
-        "half-size-map": {"prompt_grid": (3, 3)}, "adapters-frozen": {"freeze_adapters": True},
-    }  # fmt: skip
-    rows = list(csv.DictReader(Path("run/ablation.csv").open()))
-    assert [row["variant"] for row in rows] == list(changed) == [line.split()[0] for line in table]
-    for row in rows:
-        best = torch.load(Path("run", row["variant"], "best.pt"), weights_only=True)
-        change = changed[row["variant"]]
-        assert best["options"] == ({} if change is None else one | change)
-        same_for_all = {name: best["settings"][name] for name in ("seed", "epochs", "batch_size")}
-        assert same_for_all == {"seed": 7, "epochs": 2, "batch_size": 4}
-        assert best["settings"]["lr"] == (0.02 if change is not None else train.LEARNING_RATE["linear"])
-        result = json.loads(Path("run", row["variant"], "result.json").read_text())
-        assert float(row["accuracy"]) == result["accuracy"] and int(row["trainable"]) == result["trainable"]
-        assert float(row["change"]) == result["accuracy"] - float(rows[0]["accuracy"])
-    same(outcome(Path("run/full-method")), outcome(run(*flags[1:], out="alone", epochs=2)))
-    refused = {("--window", 3): "changes it itself", ("--method", "vpt"): "changes it itself",
-               ("--data", "fgvc"): "one data set"}  # fmt: skip
-    for flags, part in refused.items():
-        assert part in refusal(capsys, ["--ablate", "--cpu", "--out", "other", *flags])
-
-
-def test_a_variant_that_cannot_run_is_named_and_the_others_still_run(run, capsys, monkeypatch):
-    variants = {"full-method": {}, "impossible": {"fusion_layers": (1,)}, "window-1": {"window": 1}}
-    monkeypatch.setattr(train, "ABLATIONS", variants)
-    with pytest.raises(SystemExit) as stop:
-        run("--ablate", epochs=1)
-    assert stop.value.code == 2
-    assert "impossible could not run: fusion layers (1,) must be among" in capsys.readouterr().err
-    rows = list(csv.DictReader(Path("run/ablation.csv").open()))
-    assert [bool(row["accuracy"]) for row in rows] == [True, False, True] and rows[2]["change"]
-
-
-def made_up(accuracies):
-    """Results of runs, {seed: accuracy}."""
-    return [dict(method="sa2vp", seed=seed, accuracy=a, val_accuracy=0, trainable=1) for seed, a in accuracies.items()]
-
-
-def test_a_group_has_a_mean_only_of_the_same_seeds_of_every_member(monkeypatch):
-    monkeypatch.setitem(data.GROUPS, "pair", ["a", "b"])
-    for b, mean in (({0: 70.0, 1: 40.0}, 55), ({1: 40.0}, None)):
-        rows = train.group_table({"a": made_up({0: 50.0, 1: 60.0}), "b": made_up(b)})
-        assert rows[-1]["data"] == "pair" and rows[-1]["accuracy"] == mean
-    assert train.group_table({"a": made_up({0: 50.0}), "b": made_up({1: 40.0})})[-1]["accuracy"] is None
-
-
-def test_an_ablations_change_is_from_the_full_method_with_the_same_seed():
-    results = {"full-method": made_up({0: 50.0, 1: 90.0}), "other": made_up({1: 80.0}), "none": []}
-    rows = train.ablation_table(results)
-    assert [row["change"] for row in rows] == [0, -10, None] and [row["accuracy"] for row in rows] == [70, 80, None]
+    theirs = torchvision.models.VisionTransformer(64, 16, 3, 2, 128, 256).eval()
+    for parameter in theirs.parameters():
+        if not parameter.any():  # class token and biases start as zeros, which would hide a mistake
+            torch.nn.init.normal_(parameter, std=0.02)
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    ours = vit.load_vit(tmp_path / "vit.pth", 64).eval()
+    assert ours.normalize == "imagenet"
+    theirs.heads = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+def google_arrays(backbone):
+    """The arrays of Google's .npz for a backbone, by the layout its documentation gives."""
+    state = {name: tensor.numpy() for name, tensor in backbone.state_dict().items()}
+    dim, heads = backbone.dim, backbone.blocks[0].attn.heads
+    arrays = {
+        "cls": state["cls_token"],
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": np.zeros((dim, 9)),
+        "pre_logits/bias": np.zeros(dim),
+    }
+    for i in range(len(backbone.blocks)):
+        to, of = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        for google, name in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+            arrays[f"{to}/{google}/scale"] = state[f"{of}.{name}.weight"]
+            arrays[f"{to}/{google}/bias"] = state[f"{of}.{name}.bias"]
+        for google, name in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
+            arrays[f"{to}/MlpBlock_3/{google}/kernel"] = state[f"{of}.mlp.{name}.weight"].T
+            arrays[f"{to}/MlpBlock_3/{google}/bias"] = state[f"{of}.mlp.{name}.bias"]
+        to += "/MultiHeadDotProductAttention_1"
+        for j, name in enumerate(("query", "key", "value")):
+            rows = slice(j * dim, (j + 1) * dim)
+            arrays[f"{to}/{name}/kernel"] = state[f"{of}.attn.qkv.weight"][rows].T.reshape(dim, heads, dim // heads)
+            arrays[f"{to}/{name}/bias"] = state[f"{of}.attn.qkv.bias"][rows].reshape(heads, dim // heads)
+        arrays[f"{to}/out/kernel"] = state[f"{of}.attn.proj.weight"].T.reshape(heads, dim // heads, dim)
+        arrays[f"{to}/out/bias"] = state[f"{of}.attn.proj.bias"]
+    return arrays
+
+
+def test_google_npz_gives_weights_heads_and_normalization(tmp_path):
+    backbone = small_vit(heads=4)
+    np.savez(tmp_path / "vit.npz", **google_arrays(backbone))
+    loaded = vit.load_vit(tmp_path / "vit.npz", image_size=32)
+    assert loaded.blocks[0].attn.heads == 4 and loaded.normalize == "half"
+    assert sa2vp.fingerprint(loaded) == sa2vp.fingerprint(backbone)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), backbone(images))
+    with pytest.raises(ValueError, match="it has 4 heads, not 2"):
+        vit.load_vit(tmp_path / "vit.npz", image_size=32, heads=2)
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "args": argparse.Namespace(lr=1)},
+                                  lambda state: {"state_dict": state}])  # fmt: skip
+def test_timm_names_load_bare_or_wrapped_and_heads_are_left_out(tmp_path, wrap):
+    backbone = small_vit()
+    extra = {name: torch.zeros(1) for name in ("head.weight", "fc_norm.bias", "mask_token", "decoder_pos_embed")}
+    torch.save(wrap(backbone.state_dict() | extra), tmp_path / "vit.pth")
+    loaded = vit.load_vit(tmp_path / "vit.pth", image_size=32, heads=2, normalize="half")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), backbone.state_dict().values()))
+    assert loaded.normalize == "half"
+
+
+def test_position_embeddings_are_interpolated_to_another_grid(tmp_path):
+    backbone = small_vit(image_size=64)
+    torch.save(backbone.state_dict(), tmp_path / "vit.pth")
+    loaded = vit.load_vit(tmp_path / "vit.pth", image_size=(32, 96), heads=2)
+    assert loaded.grid == (2, 6) and torch.equal(loaded.pos_embed[:, 0], backbone.pos_embed[:, 0])
+    map_ = backbone.pos_embed[0, 1:].T.reshape(1, 16, 4, 4)
+    expected = F.interpolate(map_, size=(2, 6), mode="bicubic", align_corners=False).reshape(16, 12).T
+    torch.testing.assert_close(loaded.pos_embed[0, 1:], expected)
 
 
 @pytest.mark.parametrize(
-    "listed, named", [({"001.x/absent.jpg": 1}, "absent.jpg"), ({"002.Laysan_Albatross/0.jpg": 0}, "0.jpg")]
+    "change, named",
+    [
+        (lambda state: state.pop("blocks.1.mlp.fc2.bias"), "blocks.1.mlp.fc2.bias"),
+        (lambda state: state.pop("patch_embed.proj.weight"), "patch_embed.proj.weight"),
+        (lambda state: state.update({"blocks.0.ls1.gamma": torch.ones(16)}), "blocks.0.ls1.gamma"),
+        (lambda state: state.update({"norm.bias": torch.ones(3)}), "norm.bias"),
+        (lambda state: state.update({"patch_embed.proj.weight": torch.ones(16, 3, 2, 16, 16)}), "patch_embed.proj"),
+        (lambda state: state.update({"pos_embed": torch.ones(5)}), "pos_embed"),
+    ],
 )
-def test_a_listed_picture_that_is_missing_or_a_label_out_of_range_is_named(tmp_path, listed, named):
-    folder = make_birds(tmp_path / "CUB_200_2011", 1)
-    for split in ("train", "val", "test"):
-        (folder / f"{split}.json").write_text(json.dumps(listed))
-    with pytest.raises((ValueError, FileNotFoundError), match=named):
-        data.load(data.find("cub"), tmp_path, seed=0)
+def test_a_missing_left_over_or_misshapen_tensor_is_named(tmp_path, change, named):
+    state = dict(small_vit().state_dict())
+    change(state)
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=named):
+        vit.load_vit(tmp_path / "vit.pth", image_size=32, heads=2)
 
 
-def test_a_folder_is_read_with_its_own_validation_or_with_a_tenth_held_out(tmp_path):
-    folder = make_folder(tmp_path / "a", {"train": 20, "test": 3})
-    splits = data.load(data.find(str(folder)), tmp_path, seed=1)
-    assert [len(samples) for samples in splits[:3]] == [36, 4, 6] and splits.classes == ["ant", "bee"]
-    assert [label for _, label in splits.val] == [0, 0, 1, 1]
-    assert not {path for path, _ in splits.train} & {path for path, _ in splits.val}
-    assert splits == data.load(data.find(str(folder)), tmp_path, seed=1)
-    assert splits.val != data.load(data.find(str(folder)), tmp_path, seed=2).val
-    make_folder(tmp_path / "b", {"train": 20, "val": 5, "test": 3})
-    splits = data.load(data.find(str(tmp_path / "b")), tmp_path, seed=1)
-    assert [len(samples) for samples in splits[:3]] == [40, 10, 6]
+@pytest.mark.parametrize("name", ["blocks.0.ls1.gamma", "blocks.0.gamma_1", "reg_token", "register_tokens", "dist_token"])
+def test_other_architectures_are_refused_by_name(tmp_path, name):
+    torch.save(dict(small_vit().state_dict()) | {name: torch.ones(1)}, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=f"{name} .*another architecture"):
+        vit.load_vit(tmp_path / "vit.pth", image_size=32, heads=2)
 
 
-def test_a_class_of_one_picture_stays_in_train():
-    assert data.hold_out([("a", 0), ("b", 1), ("c", 1)], seed=0)[0][0] == ("a", 0)
+def test_a_width_that_is_no_multiple_of_64_asks_for_the_heads(tmp_path):
+    torch.save(small_vit().state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match="--heads"):
+        vit.load_vit(tmp_path / "vit.pth", image_size=32)
 
 
-def test_an_interrupted_download_leaves_nothing_and_says_what_to_fetch(tmp_path, monkeypatch):
-    def interrupted(url, part, md5):
-        (Path(part) / "CUB_200_2011.tgz").write_bytes(b"half")
-        raise stop
-
-    monkeypatch.setattr(data, "download_and_extract_archive", interrupted)
-    for stop, seen in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError("no network"), FileNotFoundError)):
-        with pytest.raises(seen) as error:
-            data.load(data.find("cub"), tmp_path / "root", seed=0)
-        assert not list((tmp_path / "root").iterdir())
-    assert "https://data.caltech.edu" in str(error.value) and "CUB_200_2011" in str(error.value)
-
-
-def test_drawn_pictures_are_always_the_same_and_balanced():
-    splits, again = (data.load(data.find("shapes"), Path("."), seed=seed) for seed in (1, 2))
-    for ours, theirs in zip(splits[:3], again[:3]):
-        assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(ours, theirs))
-    assert not any(np.array_equal(splits.train[0][0], picture) for picture, _ in splits.test)
-    source = data.drawn(data.what_and_which_colour, data.KINDS, 64, 32, 32)(None, None, 0, False)
-    for part, classes in ((splits.val, 8), (source.train, 16)):
-        counts = np.bincount([label for _, label in part], minlength=classes)
-        assert len(counts) == classes and counts.min() == counts.max()
+def safetensors(tensors):
+    """The content of a .safetensors file."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header, blob = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        offsets = [len(blob), len(blob) + len(raw)]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        blob += raw
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + blob
 
 
-def test_the_target_task_of_the_drawn_pictures_is_the_direction_from_red_to_blue():
-    def centre(picture, channel):
-        hue = picture.astype(int)
-        ys, xs = np.nonzero(hue[..., channel] - np.delete(hue, channel, axis=2).max(axis=2) > 100)
-        return np.array([xs.mean(), ys.mean()])
-
-    for picture, label in data.where_is_blue(np.random.default_rng(5), 80):
-        dx, dy = centre(picture, 2) - centre(picture, 0)
-        angle = math.radians(45 * label)
-        assert math.cos(angle) * dx + math.sin(angle) * dy > 0.85 * math.hypot(dx, dy), data.DIRECTIONS[label]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors_give_the_features_of_the_same_weights_as_pth(tmp_path, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in small_vit().state_dict().items()}
+    torch.save(state, tmp_path / "vit.pth")
+    (tmp_path / "vit.safetensors").write_bytes(safetensors(state))
+    images = torch.randn(2, 3, 32, 32)
+    features = [vit.load_vit(path, 32, heads=2)(images) for path in sorted(tmp_path.iterdir())]
+    assert torch.equal(*features)
 
 
-def test_transforms_are_the_papers():
-    picture = Image.new("RGB", (500, 400), (255, 0, 0))
-    for training in (True, False):
-        for crop in (True, False):
-            image = data.transform(crop, training, (224, 224), (0.5,) * 3, (0.5,) * 3)(picture)
-            assert image.shape == (3, 224, 224)
-            assert torch.equal(image[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+def damaged(change):
+    """A .safetensors file of two tensors whose header was changed."""
+    content = safetensors({"a": torch.ones(2), "b": torch.ones(3)})
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    change(header)
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + content[start:]
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")])
-def test_pictures_of_every_kind_become_rgb(tmp_path, mode, suffix):
-    path = tmp_path / f"picture.{suffix}"
-    Image.new("RGB", (9, 7), (200, 200, 200)).convert(mode).save(path)
-    picture = data.open_picture(path)
-    assert picture.mode == "RGB" and picture.size == (9, 7)
-    assert abs(picture.getpixel((4, 3))[0] - 200) < 6
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (safetensors({"a": torch.ones(2)})[:-1], "cut off"),
+        (safetensors({"a": torch.ones(2)}) + b"0", "1 bytes too many"),
+        (safetensors({"a": torch.ones(2).long()}), "a is of type I64"),
+        ((10**9).to_bytes(8, "little") + b"{}", "header is longer than the file"),
+        (b"\x02", "header is longer than the file"),
+        ((2).to_bytes(8, "little") + b"[]", "header is not"),
+        ((2).to_bytes(8, "little") + b"{x", "Expecting property name"),
+        (damaged(lambda header: header["b"].update(data_offsets=[4, 16])), "b overlaps"),
+        (damaged(lambda header: header["b"].update(shape=[4])), "b overlaps"),
+        (damaged(lambda header: header["b"].update(shape="x")), "header is not"),
+        (damaged(lambda header: header["b"].pop("dtype")), "header is not"),
+    ],
+)  # fmt: skip
+def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path, content, says):
+    (tmp_path / "vit.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        vit.load_vit(tmp_path / "vit.safetensors")
 
 
-def test_a_picture_of_16_bits_keeps_its_brightness(tmp_path):
-    Image.fromarray(np.full((7, 9), 30_000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert data.open_picture(tmp_path / "deep.png").getpixel((4, 3)) == (116, 116, 116)
+def test_a_fingerprint_tells_backbones_apart_by_any_tensor():
+    backbone = small_vit()
+    seen = {sa2vp.fingerprint(backbone)}
+    for parameter in backbone.parameters():
+        parameter.data += 1e-3
+        seen.add(sa2vp.fingerprint(backbone))
+    assert len(seen) == 1 + len(list(backbone.parameters()))
 
 
-def test_a_picture_that_the_camera_turned_stands_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    Image.new("RGB", (9, 7)).save(tmp_path / "turned.jpg", exif=exif)
-    assert data.open_picture(tmp_path / "turned.jpg").size == (7, 9)
+class Bomb:
+    def __reduce__(self):
+        return Path("went-off").touch, ()
 
 
-def test_augmentation_does_not_depend_on_the_number_of_workers(files):
-    splits = data.load(data.find(str(files / "insects")), files, seed=0)
-    show = data.transform(True, True, (32, 32), (0.5,) * 3, (0.5,) * 3)
-    epochs = []
-    for workers in (0, 2):
-        loader = data.make_loader(splits.train, show, 4, workers, shuffle_seed=3)
-        loader.sampler.epoch = 1
-        epochs.append(torch.cat([images for images, _ in loader]))
-    assert torch.equal(*epochs)
-    loader.sampler.epoch = 2
-    assert not torch.equal(epochs[0], torch.cat([images for images, _ in loader]))
+def test_a_weights_file_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Bomb()}, "bomb.pth")
+    np.savez("bomb.npz", cls=np.array([Bomb()], dtype=object))
+    for name in ("bomb.pth", "bomb.npz"):
+        for load in (vit.load_vit, load_official, sa2vp.load):
+            with pytest.raises(ValueError, match=name):
+                load(name)
+    assert not Path("went-off").exists()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """An HTTP server on 127.0.0.1 for the folder `server.folder`; what is in `server.cut` breaks off half way."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append(self.path)
+            if self.path not in server.cut:
+                return super().do_GET()
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+
+        def log_message(self, *_):
+            pass
+
+    folder = tmp_path / "server"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    server.folder, server.asked, server.cut = folder, [], set()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_weights_by_name_are_downloaded_once_and_a_damaged_file_is_not_kept(
+    server, run, files, tmp_path, monkeypatch, capsys, hashed
+):
+    cache, source = tmp_path / "cache", server.folder / "tiny.pth"
+    shutil.copy(files / "vit.pth", source)
+    digits = hashlib.sha256(source.read_bytes()).hexdigest()[:8] if hashed else ""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache))
+    monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", "sha256", digits, "half"))
+    command = ["--data", files / "insects", "--weights", "deit-tiny", "--epochs", 1, "--batch-size", 4, "--cpu"]
+    server.cut.add("/tiny.pth")
+    assert "fetch it and give --weights PATH" in refusal(capsys, command)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    server.cut.clear()
+    out = run("--weights", "deit-tiny", epochs=1)
+    assert "deit-tiny: width 64, 5 layers, 1 heads, patch 32, image 224, normalization half" in capsys.readouterr().out
+    asked = len(server.asked)
+    run("--weights", "deit-tiny", out="again", epochs=1)
+    assert len(server.asked) == asked and [path.name for path in cache.rglob("*.*")] == ["deit-tiny.pth"]
+    assert sa2vp.load(out / "best.pt")[1]["backbone"]["normalize"] == "half"
+
+
+def test_heads_image_size_and_normalization_are_kept_in_the_checkpoint(run, tmp_path, capsys):
+    torch.save(vit.VisionTransformer(64, 16, 160, 2, 2).state_dict(), tmp_path / "wide.pth")
+    flags = ["--weights", tmp_path / "wide.pth", "--image-size", 48, "--normalize", "half"]
+    out = run(*flags, "--heads", 2, epochs=1)
+    assert "2 heads, patch 16, image 48, normalization half" in capsys.readouterr().out
+    model, meta = sa2vp.load(out / "best.pt")
+    assert model.vit.blocks[0].attn.heads == 2 and model.vit.grid == (3, 3)
+    assert meta["input"] == {"crop": True, "image_size": (48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    train.main(["--eval", str(out / "best.pt"), "--cpu"])
+    assert "test" in capsys.readouterr().out
+
+
+def test_a_guessed_number_of_heads_is_said(run, capsys):
+    run(epochs=1)
+    assert "1 heads (taken as width / 64)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- training
@@ -1271,15 +870,15 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
     assert train.learning_rate(0, 0, 10, 1e-3) == 1e-3 and train.learning_rate(0, 1, 10, 1e-3) == 0
 
 
-def test_weight_decay_is_on_matrices_and_prompt_maps_alone():
+def test_weight_decay_is_on_matrices_prompt_maps_and_gates_alone():
     model = small_model()
     decayed, rest = train.make_optimizer(model, 0.1).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
-    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"weight", "tokens"}
+    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"weight", "tokens", "gate"}
     assert not any("norm" in names[id(p)] for p in decayed["params"])
-    assert {names[id(p)].split(".")[-1] for p in rest["params"]} == {"weight", "bias", "gate"}
-    assert len(decayed["params"]) + len(rest["params"]) == len(sa2vp.trained_parameters(model))
+    assert {names[id(p)].split(".")[-1] for p in rest["params"]} == {"weight", "bias"}
+    assert len(decayed["params"]) + len(rest["params"]) == len(trained_parameters(model))
 
 
 def outcome(out):
@@ -1311,152 +910,842 @@ def test_a_run_from_the_command_line_writes_what_it_promises(run, files, capsys,
     assert result["val_accuracy"] == max(values) and result["best_epoch"] == 1 + values.index(max(values))
 
     best = torch.load(out / "best.pt", weights_only=True)
-    assert best["classes"] == ["ant", "bee"] and best["epoch"] == result["best_epoch"]
+    assert best["classes"] == ["ant", "bee"] and best["history"][-1]["epoch"] == result["best_epoch"]
     assert any(name.startswith("vit.") for name in best["trained"]) == (method == "full")
     assert result["trainable"] == sum(t.numel() for n, t in best["trained"].items() if not n.startswith("head."))
     assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "metrics.csv", "result.json"]
 
     capsys.readouterr()
     train.main(["--eval", str(out / "best.pt"), "--cpu"])
-    assert f"test {result['accuracy']} %" in capsys.readouterr().out
+    assert f"test {result['accuracy']:.2f} %" in capsys.readouterr().out
 
 
-def test_the_backbone_is_bit_for_bit_unchanged_by_training(files, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    before = vit.load_vit(files / "vit.pth")
-    given = {"data": str(files / "insects"), "weights": files / "vit.pth", "epochs": 2, "batch_size": 4}
-    for method, changes in (("sa2vp", False), ("vpt", False), ("linear", False), ("full", True)):
-        settings = train.settle(given | {"method": method})
-        model = train.fit(settings, Path(method), Path("."), 0, torch.device("cpu"), compiled=False)
-        same_bits = [torch.equal(a, b) for a, b in zip(before.state_dict().values(), model.vit.state_dict().values())]
-        assert all(same_bits) != changes
+def test_the_chosen_epoch_is_tested_and_reported(run, monkeypatch):
+    evaluate, accuracies, tested = train.evaluate, iter([10.0, 30.0, 20.0]), []
+
+    def pretended(model, batches, machine):
+        tested.append(model.head.weight.clone())
+        return (next(accuracies), None) if len(tested) < 4 else evaluate(model, batches, machine)
+
+    monkeypatch.setattr(train, "evaluate", pretended)
+    out = run("--lr", 0.01)
+    result = json.loads((out / "result.json").read_text())
+    assert (result["val_accuracy"], result["best_epoch"]) == (30.0, 2)
+    best, last = (torch.load(out / name, weights_only=True)["trained"]["head.weight"] for name in ("best.pt", "last.pt"))
+    assert torch.equal(tested[3], best) and torch.equal(tested[1], best) and not torch.equal(best, last)
 
 
-@pytest.mark.parametrize("killed_in", [0, 2])
-def test_a_resumed_run_ends_with_the_numbers_of_one_never_interrupted(run, monkeypatch, capsys, killed_in):
-    whole = outcome(run("--dropout", 0.2, out="whole", epochs=4))
-    evaluate, calls = train.evaluate, []
+def test_every_epoch_has_its_own_order_and_its_own_dropout_and_every_run_of_a_seed_the_same(settings, tmp_path, monkeypatch):
+    seen = []
+
+    def record(model, batches, *_):
+        seen.append((list(batches.sampler), torch.rand(1).item()))
+        return 0.0, 0.0, 0.0
+
+    monkeypatch.setattr(train, "train_epoch", record)
+    monkeypatch.setattr(train, "evaluate", lambda *_: (0.0, None))
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train.fit(settings(seed=seed), tmp_path / out, CPU, {})
+    orders, dropout = zip(*seen)
+    assert orders[:3] == orders[3:6] and dropout[:3] == dropout[3:6]
+    assert len(set(map(tuple, orders))) == len(set(dropout)) == 6
+    assert all(sorted(order) == list(range(10)) for order in orders)
+
+
+def test_matrix_products_are_in_the_machines_dtype(settings, tmp_path, monkeypatch):
+    seen, forward = [], torch.nn.Linear.forward
+
+    def spy(module, x):
+        seen.append(forward(module, x).dtype)
+        return forward(module, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", spy)
+    for dtype in (torch.bfloat16, torch.float32):
+        seen.clear()
+        result = train.fit(settings(epochs=1), tmp_path / str(dtype), CPU._replace(dtype=dtype), {})
+        assert set(seen) == {dtype} and 0 <= result["accuracy"] <= 100
+
+
+@pytest.mark.parametrize(
+    "hardware, dtype", [(True, torch.bfloat16), (False, torch.float16)]
+)
+def test_a_gpu_without_bfloat16_in_hardware_takes_float16_and_a_scaler(settings, tmp_path, monkeypatch, hardware, dtype):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: hardware or including_emulation)
+    machine = train.choose_machine({})
+    assert machine.dtype == dtype and machine.device == torch.device("cuda", 0)
+    scaled, scaler = [], torch.amp.GradScaler
+
+    def spy(device, enabled):
+        scaled.append(enabled)
+        return scaler(device, enabled=False)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", spy)
+    train.fit(settings(epochs=1), tmp_path, CPU._replace(dtype=dtype), {})
+    assert scaled == [not hardware]
+
+
+def test_the_scaler_takes_part_in_every_step_and_in_the_checkpoint(settings, tmp_path):
+    machine = CPU._replace(dtype=torch.float16)
+    train.fit(settings(epochs=1), tmp_path, machine, {})
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["scaler"]["_growth_tracker"] + (last["scaler"]["scale"] < 65536) > 0
+
+
+def test_the_backbone_is_bit_for_bit_unchanged_by_training(files, settings, tmp_path, monkeypatch):
+    before, models, build = vit.load_vit(files / "vit.pth").state_dict(), [], train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *given: models.append(build(*given)) or models[-1])
+    for method in sa2vp.METHODS:
+        train.fit(settings(method=method, epochs=2), tmp_path / method, CPU, {})
+        after = models[-1][0].vit.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before) == (method != "full")
+
+
+def interrupt(patch, name, after):
+    """Has the call of train.<name> number `after` (from 0) end in Ctrl-C."""
+    function, calls = getattr(train, name), []
 
     def interrupted(*arguments, **options):
         calls.append(1)
-        if len(calls) == killed_in + 1:
+        if len(calls) == after + 1:
             raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
+        return function(*arguments, **options)
 
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run("--dropout", 0.2, out="broken", epochs=4)
+    patch.setattr(train, name, interrupted)
+
+
+@pytest.mark.parametrize("killed_in", [0, 2])
+def test_an_interrupted_run_goes_on_to_the_numbers_of_one_that_was_not(run, files, monkeypatch, capsys, killed_in):
+    flags = ["--dropout", 0.2, "--workers", 2, "--data", files / "insects"]
+    whole = outcome(run(*flags, out="whole", epochs=4))
+    with monkeypatch.context() as patch:
+        interrupt(patch, "evaluate", killed_in)
+        with pytest.raises(SystemExit) as stop:
+            run(*flags, out="broken", epochs=4)
     assert stop.value.code == 130
-    assert capsys.readouterr().err.rstrip().endswith("--out broken --cpu --resume")
-    same(whole, outcome(run("--resume", "--out", "broken", out="broken")))
-    same(whole, outcome(run("--resume", "--out", "broken", out="broken")))  # a finished run stays as it is
+    assert "interrupted; the same command goes on: python train.py --dropout 0.2" in capsys.readouterr().err
+    same(whole, outcome(run(*flags, out="broken", epochs=4)))
+    before = Path("broken/best.pt").stat().st_mtime_ns
+    capsys.readouterr()
+    run(*flags, out="broken", epochs=4)  # a finished run is kept, and its result printed again
+    assert Path("broken/best.pt").stat().st_mtime_ns == before
+    assert re.fullmatch(r"test .* with epoch \d, trained for \d+ s\n", capsys.readouterr().out)
 
 
-def test_a_resumed_run_refuses_other_settings_than_its_own(run, capsys):
-    out = run("--lr", 0.01)
+def test_a_run_of_other_settings_is_refused_by_the_settings_name(run, capsys, files):
+    out = run("--lr", 0.01, epochs=1)
     before = outcome(out)
-    assert "lr 0.01" in refusal(capsys, ["--resume", "--out", out, "--lr", 0.02, "--cpu"])
+    command = ["--data", files / "insects", "--weights", files / "vit.pth", "--epochs", 1, "--batch-size", 4, "--cpu"]
+    assert "holds a run with lr 0.01, not 0.02" in refusal(capsys, [*command, "--out", out, "--lr", 0.02])
+    (out / "last.pt").unlink()  # what is left of a run is not taken for another either
+    assert "holds a run with lr 0.01, not 0.02" in refusal(capsys, [*command, "--out", out, "--lr", 0.02])
+    (out / "best.pt").write_bytes(b"something else")
+    assert "no checkpoint of this project" in refusal(capsys, [*command, "--out", out, "--lr", 0.01])
+    (out / "best.pt").unlink()
+    run("--lr", 0.01, epochs=1)
     same(before, outcome(out))
 
 
-def test_what_is_left_of_a_run_is_never_taken_for_another(run, capsys):
-    out = run(epochs=1)
-    (out / "last.pt").unlink()
-    command = ["--method", "linear", "--out", out, "--cpu"]
-    assert "already holds a run" in refusal(capsys, command)
-    assert "no run to resume" in refusal(capsys, [*command, "--resume"])
-    (out / "last.pt").write_bytes((out / "best.pt").read_bytes())
-    assert "not what a run goes on from" in refusal(capsys, [*command, "--resume"])
-    several = ["--out", out, "--cpu", "--resume", "--ablate"]
-    assert "holds a single run" in refusal(capsys, several)
-    assert "no run to resume" in refusal(capsys, [*several, "--out", "elsewhere"])
+def test_a_run_refuses_to_go_on_with_another_backbone(run, files, tmp_path, capsys):
+    shutil.copy(files / "vit.pth", "vit.pth")
+    out = run("--weights", "vit.pth", epochs=1)
+    (out / "result.json").unlink()
+    torch.save(vit.VisionTransformer(224, 32, 64, 5, 1).state_dict(), "vit.pth")
+    flags = ["--data", files / "insects", "--weights", "vit.pth", "--epochs", 1, "--batch-size", 4, "--workers", 0]
+    assert "begun on another backbone" in refusal(capsys, [*flags, "--out", out, "--cpu"])
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_default_folders_are_numbered(run, capsys, files):
-    out = run()
-    before = outcome(out)
-    common = ["--data", files / "insects", "--weights", files / "vit.pth", "--cpu"]
-    assert "already holds a run" in refusal(capsys, [*common, "--out", out])
-    same(before, outcome(out))
-    for _ in range(2):
-        train.main([str(flag) for flag in [*common, "--epochs", 1, "--batch-size", 4, "--workers", 0]])
-    assert Path("runs/insects-sa2vp/result.json").exists() and Path("runs/insects-sa2vp-2/result.json").exists()
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(run, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run("--lr", "1e30")
+    assert stop.value.code == 2 and "loss is not finite in epoch" in capsys.readouterr().err
+    if (tmp_path / "run/last.pt").exists():
+        assert all(t.isfinite().all() for t in torch.load("run/last.pt", weights_only=True)["trained"].values())
 
 
-def torchrun(processes, arguments, folder):
-    """Runs train.py in several processes; returns the finished command."""
+def test_compiling_changes_results_by_no_more_than_rounding_and_still_happens_in_the_sixth_run(settings, tmp_path, monkeypatch):
+    compiled, real = [], torch.compile
+    backend = lambda graph, inputs: compiled.append(1) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend=backend, **options))
+    one = settings(epochs=1, dropout=0.0)
+    train.fit(one, tmp_path / "plain", CPU, {})
+    counts = []
+    for i in range(6):
+        compiled.clear()
+        train.fit(one, tmp_path / f"{i}", CPU._replace(compile=True), {})
+        counts.append(len(compiled))
+    assert counts[0] > 0 and len(set(counts)) == 1
+    plain, fast = (table(tmp_path / name / "metrics.csv")[0] for name in ("plain", "5"))
+    assert float(plain["loss"]) == pytest.approx(float(fast["loss"]), rel=1e-5)
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def start(processes, arguments, folder, **environment):
+    """The running command `torchrun train.py` with these arguments."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [train.__file__, *map(str, arguments), "--cpu"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return popen([*command, train.__file__, *map(str, arguments), "--cpu"], folder, **environment)
+
+
+def popen(command, folder, **environment):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_processes_train_and_test_as_one_does(run, files, tmp_path, monkeypatch, capsys):
-    make_folder(tmp_path / "pictures", {"train": 9, "val": 5, "test": 3}, classes=("ant", "bee", "cat"))
-    flags = ["--data", tmp_path / "pictures", "--weights", files / "vit.pth", "--dropout", 0, "--epochs", 3]
+    for split, count in {"train": 27, "val": 15, "test": 9}.items():  # none is a multiple of four
+        names = {f"{i % 3}/{split}{i}.jpg": i % 3 for i in range(count)}
+        write(tmp_path / "data/dogs", {f"Images/{name}": None for name in names} | {f"{split}.json": names})
+    flags = ["--data", "hta/dogs", "--weights", files / "vit.pth", "--dropout", 0, "--epochs", 3]  # without random crops
     flags += ["--batch-size", 4, "--workers", 0]
+    two = start(2, [*flags, "--out", "two"], tmp_path)
     one = outcome(run(*flags, "--out", "one", out="one"))
-    done = torchrun(2, [*flags, "--out", "two"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch") == one[1][-1]["epoch"].count("3") * 3 + 1  # one process speaks
+    output, errors = two.communicate()
+    assert two.returncode == 0, errors
+    assert output.count("validation") == 4  # one process prints: the data, and a line per epoch
     two = outcome(tmp_path / "two")
     for ours, theirs in zip(one[1], two[1]):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
         assert ours["val_accuracy"] == theirs["val_accuracy"]
     assert one[0] == two[0]
-    capsys.readouterr()
-    train.main(["--eval", "two/best.pt", "--cpu"])
-    assert f"test {two[0]['accuracy']} %" in capsys.readouterr().out
-    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "first_on_each_machine", lambda read: read())
+    monkeypatch.setattr(os, "_exit", sys.exit)
     assert "cannot share a batch of 5 evenly" in refusal(capsys, [*flags, "--out", "odd", "--batch-size", 5, "--cpu"])
     assert not Path("odd").exists()
 
 
-def test_every_picture_is_counted_once_by_however_many_processes(files):
+def test_a_process_that_fails_ends_all(files, tmp_path):
+    folder = make_folder(tmp_path / "pictures", {"train": 8, "test": 4})
+    (folder / "train" / "bee" / "0.png").write_bytes(b"no picture")  # in the share of one of the two
+    flags = ["--data", folder, "--weights", files / "vit.pth", "--batch-size", 2, "--epochs", 9, "--workers", 0]
+    begun, job = time.monotonic(), start(2, flags, tmp_path)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - begun < 30
+    assert re.search(r"^train\.py: cannot read the picture .*bee/0\.png: UnidentifiedImageError$", errors, re.M)
+
+
+def test_the_first_process_of_each_machine_downloads(files, tmp_path):
+    """Two processes pretend to be two machines: each has its own data, weights' cache aside."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import data\n"
+        "real = data.load\n"
+        "def load(row, root, tune=False):\n"
+        "    (root / 'asked').touch()\n"
+        "    return real(row, root, tune)\n"
+        "data.load = load\n"
+    )
+    jobs = []
+    for rank in range(2):
+        root = tmp_path / f"machine{rank}"
+        root.mkdir()
+        command = [sys.executable, train.__file__, "--data", files / "insects", "--weights", files / "vit.pth", "--root", root,
+                   "--epochs", 1, "--batch-size", 4, "--workers", 0, "--out", tmp_path / "out", "--cpu"]  # fmt: skip
+        environment = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": port, "PYTHONPATH": f"{tmp_path / 'site'}:{Path(train.__file__).parent}"}  # fmt: skip
+        jobs.append(popen(list(map(str, command)), tmp_path, **{name: str(value) for name, value in environment.items()}))
+    outputs = [job.communicate(timeout=60) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert all((tmp_path / f"machine{rank}" / "asked").exists() for rank in range(2))
+    assert "test" in outputs[0][0] and outputs[1][0] == ""
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["best_epoch"] == 1
+
+
+def test_after_ctrl_c_under_torchrun_one_process_says_how_to_go_on(run, settings, monkeypatch, capsys):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "LOCAL_WORLD", 2)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for rank, says in ((0, "interrupted; the same command goes on: torchrun --nproc_per_node=2 train.py --lr 1\n"), (1, "")):
+        monkeypatch.setattr(train, "RANK", rank)
+        assert fail(["--lr", 1]) == 130
+        assert capsys.readouterr().err == says
+
+
+def test_every_picture_is_counted_once_by_however_many_processes():
     samples = list(range(11))
     for world in (1, 2, 3):
-        loaders = [data.make_loader(samples, None, 6, 0, share=(rank, world)) for rank in range(world)]
-        assert sorted(index for loader in loaders for index, _ in loader.sampler) == samples
-        shares = [list(data.Shuffled(11, 6, seed=3, rank=rank, world=world)) for rank in range(world)]
-        assert [sorted(sum(shares, []))] == [sorted(data.Shuffled(11, 6, seed=3))]
+        loaders = [data.make_loader(samples, None, 6, 0, rank=rank, world=world) for rank in range(world)]
+        assert sorted(sum((loader.dataset.samples for loader in loaders), [])) == samples
+        loaders = [data.make_loader(samples, None, 6, 0, shuffle_seed=3, rank=rank, world=world) for rank in range(world)]
+        batches = [list(loader.batch_sampler) for loader in loaders]
+        assert {len(share) for share in batches} == {1} and sum(len(share[0]) for share in batches) == 6
+        (whole,) = data.make_loader(samples, None, 6, 0, shuffle_seed=3).batch_sampler
+        assert sorted(sum((share[0] for share in batches), [])) == sorted(whole)
 
 
-def test_compiling_changes_results_by_no_more_than_rounding_and_happens_twice(files, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given = {"data": str(files / "insects"), "weights": files / "vit.pth", "epochs": 2, "batch_size": 4, "dropout": 0.0}
-    compiled = []
-    real = torch.compile
-    backend = lambda graph, inputs: compiled.append(1) or graph.forward  # noqa: E731
-    monkeypatch.setattr(torch, "compile", lambda model, **how: real(model, backend=backend, **how))
-    for flag in (False, True):
-        train.fit(train.settle(given), Path(f"compiled-{flag}"), Path("."), 0, torch.device("cpu"), compiled=flag)
-    assert len(compiled) == 2  # for training and for evaluation; the last batch of the latter is smaller
-    plain, fast = (outcome(Path(f"compiled-{flag}")) for flag in (False, True))
-    for ours, theirs in zip(plain[1], fast[1]):
-        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-5)
+def test_workers_are_the_cpus_of_this_process_shared_by_the_processes_of_the_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(48)), raising=False)
+    for processes, workers in ((1, 16), (4, 12), (100, 1)):
+        monkeypatch.setattr(train, "LOCAL_WORLD", processes)
+        assert train.choose_machine({"cpu": True}).workers == workers
 
 
-def test_the_bench_measures_its_rows_beside_the_encoder(files, capsys, monkeypatch):
-    some = ["train: frozen encoder", "train: SA2VP"]
-    assert set(some) < set(train.BENCH_ROWS)
-    monkeypatch.setattr(train, "BENCH_ROWS", some)
-    train.main(["--bench", "--weights", str(files / "vit.pth"), "--batch-size", "2", "--cpu"])
-    lines = capsys.readouterr().out.strip().splitlines()
-    rows = {line.split("  ")[0]: line.split() for line in lines if line.startswith("train:")}
-    assert list(rows) == some
-    assert rows["train: frozen encoder"][-3] == "1.00"
-    assert all(float(row[-4]) > 0 and float(row[-2]) > 0 for row in rows.values())
+# ---------------------------------------------------------------------- data
+
+
+JSON_SETS = {  # name: (the data set's folder, its pictures, where its paths begin, an id of each class)
+    "cub": ("CUB_200_2011", "images", "images", ("001", "002")),
+    "nabirds": ("nabirds", "images", "images", (295, 1010)),
+    "flowers": ("flowers-102", "jpg", "", (1, 2)),
+    "dogs": ("dogs", "Images", "Images", (1, 2)),
+    "cars": ("stanford_cars", "cars_train", "", (1, 2)),
+}
+
+
+def json_set(name):
+    """A small copy of one of FGVC's sets, its three json files included: {path: content}."""
+    folder, pictures, below, ids = JSON_SETS[name]
+    found = {}
+    for split, count in {"train": 8, "val": 2, "test": 4}.items():
+        prefix = {"flowers": "jpg/", "cars": f"cars_{'test' if split == 'test' else 'train'}/"}.get(name, "")
+        classes = [""] * 2 if name in ("flowers", "cars") else ["a/", "b/"]
+        listed = {f"{prefix}{classes[n]}{split}{i}{n}.jpg": ids[n] for n in range(2) for i in range(count)}
+        found |= {str(Path(folder, below, path)): None for path in listed}
+        if name == "cars":
+            listed = {path.split("/")[0] + "/" + path: class_id for path, class_id in listed.items()}
+        found[f"{folder}/{split}.json"] = listed
+    return found
+
+
+class FakeScipy:
+    """Stands for scipy.io, so that the tests need no scipy: .mat files hold .npz here."""
+
+    @staticmethod
+    def loadmat(path):
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+
+def make_cifar(root, folder, coarse, files, names):
+    entry = {"data": np.zeros((20, 3072), dtype=np.uint8), "fine_labels" if coarse else "labels": [0, 1] * 10}
+    meta = {names[1]: ["cat", "dog"]}
+    write(root / folder, {file: pickle.dumps(entry) for file in files} | {names[0]: pickle.dumps(meta)})
+
+
+def make_dtd(root):
+    for split, count in (("train", 8), ("val", 2), ("test", 4)):
+        paths = [f"{name}/{name}_{split}{i}.jpg" for name in ("dotted", "lined") for i in range(count)]
+        write(root / "dtd/dtd", {f"images/{path}": None for path in paths} | {f"labels/{split}1.txt": "\n".join(paths)})
+
+
+def make_food(root):
+    for split, count in (("train", 20), ("test", 4)):
+        listed = {name: [f"{name}/{split}{i}" for i in range(count)] for name in ("pho", "sushi")}
+        pictures = {f"images/{path}.jpg": None for path in sum(listed.values(), [])}
+        write(root / "food-101", pictures | {f"meta/{split}.json": listed})
+
+
+def make_gtsrb(root):
+    lines = ["Filename;ClassId"] + [f"{i:05d}.ppm;{i % 2}" for i in range(8)]
+    write(root / "gtsrb", {f"GTSRB/Training/{i % 2:05d}/{i:05d}.ppm": None for i in range(40)})
+    write(root / "gtsrb", {f"GTSRB/Final_Test/Images/{i:05d}.ppm": None for i in range(8)})
+    write(root / "gtsrb", {"GT-final_test.csv": "\n".join(lines)})
+
+
+def make_svhn(root):
+    root.mkdir()
+    for split, count in (("train", 40), ("test", 8)):
+        digits = np.array([[10 if i % 2 else 1] for i in range(count)])
+        with open(root / f"{split}_32x32.mat", "wb") as file:
+            np.savez(file, X=np.zeros((32, 32, 3, count), dtype=np.uint8), y=digits)
+
+
+def make_vtab(root, name="clevr_count"):
+    lists = {
+        split: "\n".join(f"images/{split}/{i:06d}.png {i % 8}" for i in range(count))
+        for split, count in {"train800": 16, "val200": 4, "test": 8}.items()
+    }
+    pictures = {line.split()[0]: None for content in lists.values() for line in content.splitlines()}
+    lists["train800val200"] = lists["train800"] + "\n" + lists["val200"]
+    write(root / "vtab-1k" / name, pictures | {f"{split}.txt": content for split, content in lists.items()})
+
+
+LAYOUTS = {  # name: (how to make a small copy below a root, sizes of train, val and test)
+    **{name: (lambda root, name=name: write(root, json_set(name)), (16, 4, 8)) for name in JSON_SETS},
+    "vtab/clevr_count": (make_vtab, (20, 0, 8)),
+    "hta/cifar10": (
+        lambda root: make_cifar(root, "cifar-10-batches-py", False, [f"data_batch_{i}" for i in range(1, 6)]
+                                + ["test_batch"], ("batches.meta", "label_names")), (80, 20, 20),
+    ),
+    "hta/cifar100": (
+        lambda root: make_cifar(root, "cifar-100-python", True, ("train", "test"), ("meta", "fine_label_names")),
+        (16, 4, 20),
+    ),
+    "hta/dtd": (make_dtd, (16, 4, 8)),
+    "hta/food101": (make_food, (32, 8, 8)),
+    "hta/gtsrb": (make_gtsrb, (32, 8, 8)),
+    "hta/svhn": (make_svhn, (32, 8, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_read(tmp_path, monkeypatch, name):
+    make, sizes = LAYOUTS[name]
+    make(tmp_path / "root")
+    for module in ("cifar", "svhn"):  # small copies have other checksums than those that torchvision pins
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, md5=None: Path(path).exists())
+    monkeypatch.setitem(sys.modules, "scipy", types.SimpleNamespace(io=FakeScipy) if name == "hta/svhn" else None)
+    monkeypatch.setitem(sys.modules, "scipy.io", FakeScipy if name == "hta/svhn" else None)
+    splits = data.load(data.find(name), tmp_path / "root")
+    assert tuple(map(len, splits[:3])) == sizes
+    for part in filter(None, splits[:3]):
+        labels = {label for _, label in part}
+        assert labels <= set(range(len(splits.classes))) and len(labels) >= 2
+    paths = [picture for part in splits[:3] for picture, _ in part if isinstance(picture, Path)]
+    assert len(set(paths)) == len(paths)
+    if name in JSON_SETS:
+        assert "json" in splits.origin and len(splits.classes) == 2
+        if name != "cars":
+            assert data.load(data.find(f"hta/{name}"), tmp_path / "root") == splits
+
+
+@pytest.mark.parametrize("name, sizes", [("vtab/clevr_count", (20, 0, 8)), ("hta/cifar100", (16, 4, 20))])
+def test_pictures_are_trained_on_as_files_and_as_arrays(run, tmp_path, monkeypatch, capsys, name, sizes):
+    LAYOUTS[name][0](tmp_path / "root")
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).exists())
+    out = run("--data", name, "--root", tmp_path / "root", epochs=2)
+    assert "{} training, {} validation, {} test pictures".format(*sizes) in capsys.readouterr().out
+    result = json.loads((out / "result.json").read_text())
+    assert 0 <= result["accuracy"] <= 100 and (result["val_accuracy"] is None) == name.startswith("vtab")
+    if name.startswith("vtab"):  # whose last epoch is tested
+        assert result["best_epoch"] == 2
+    train.main(["--eval", str(out / "best.pt"), "--cpu"])  # a run remembers where its data was
+    assert f"test {result['accuracy']:.2f} %" in capsys.readouterr().out
+
+
+def test_original_class_ids_become_labels_from_0_in_their_order(tmp_path):
+    """An excerpt in the shape of the real files: ids are strings with zeros, or numbers with gaps."""
+    for name, ids in (("cub", ("001", "010", "200")), ("nabirds", (295, 817, 1010))):
+        folder, pictures, below, _ = JSON_SETS[name]
+        for split in ("train", "val", "test"):
+            listed = {f"{class_id}.x/{split}{i}.jpg": class_id for i in range(2) for class_id in reversed(ids)}
+            write(tmp_path / folder, {f"images/{path}": None for path in listed} | {f"{split}.json": listed})
+        splits = data.load(data.find(name), tmp_path)
+        for part in splits[:3]:
+            assert {path.parent.name: label for path, label in part} == {f"{c}.x": i for i, c in enumerate(ids)}
+        assert splits.classes == [f"{class_id}.x" for class_id in ids]
+
+
+def test_svhn_says_that_it_needs_scipy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(data.DataError, match="hta/svhn .*pip install scipy"):
+        data.load(data.find("hta/svhn"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nabirds", "cars"])
+def test_pictures_without_a_direct_link_say_where_they_are_and_where_to_put_them(tmp_path, name):
+    folder, pictures, *_ = JSON_SETS[name]
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / folder / pictures} .*{data.find(name).source}"):
+        data.load(data.find(name), tmp_path)
+
+
+@pytest.fixture
+def cub_server(server, tmp_path, monkeypatch):
+    """A server of a small CUB-200-2011, to which the table points: its true layout, with the right checksums."""
+    write(tmp_path / "packed", json_set("cub") | {"CUB_200_2011/images.txt": "", "attributes.txt": ""})
+    (server.folder / "cub").mkdir()
+    for split in ("train", "val", "test"):
+        shutil.move(tmp_path / "packed" / "CUB_200_2011" / f"{split}.json", server.folder / "cub")
+    shutil.make_archive(server.folder / "CUB_200_2011", "gztar", tmp_path / "packed")
+    (server.folder / "CUB_200_2011.tar.gz").rename(server.folder / "CUB_200_2011.tgz")
+
+    def md5(path):
+        return hashlib.md5((server.folder / path).read_bytes()).hexdigest()
+
+    row = data.TABLE["cub"]
+    layout = row.load.keywords | {
+        "md5": [md5(f"cub/{split}.json") for split in ("train", "val", "test")], "archive_md5": md5("CUB_200_2011.tgz"),
+    }  # fmt: skip
+    row = dataclasses.replace(row, source=f"{server.url}/CUB_200_2011.tgz", load=functools.partial(data.fgvc, **layout))
+    monkeypatch.setitem(data.TABLE, "cub", row)
+    monkeypatch.setattr(data, "FGVC_SPLITS", server.url)
+    return server
+
+
+def test_cub_goes_from_nothing_to_its_test_accuracy(cub_server, run, capsys):
+    out = run("--data", "cub", "--root", "root", epochs=1)
+    assert "16 training, 4 validation, 8 test pictures of 2 classes (VPT's" in capsys.readouterr().out
+    assert 0 <= json.loads((out / "result.json").read_text())["accuracy"] <= 100
+    names = sorted(path.name for path in Path("root/CUB_200_2011").iterdir())
+    assert names == ["images", "test.json", "train.json", "val.json"] and len(os.listdir("root")) == 1
+    cub_server.asked.clear()
+    run("--data", "cub", "--root", "root", out="again", epochs=1)
+    assert cub_server.asked == []
+
+
+@pytest.mark.parametrize("file", ["CUB_200_2011.tgz", "cub/val.json"])
+@pytest.mark.parametrize("failure", ["breaks off", "wrong checksum", "404", "gone"])
+def test_a_download_that_fails_leaves_nothing_and_the_next_one_succeeds(cub_server, run, files, capsys, file, failure):
+    path, url = cub_server.folder / file, cub_server.url
+    whole, row = path.read_bytes(), data.TABLE["cub"]
+    if failure == "breaks off":
+        cub_server.cut.add(f"/{file}")
+    elif failure == "wrong checksum":
+        path.write_bytes(whole[:-2] + b"\n}")
+    elif failure == "404":
+        path.unlink()
+    else:
+        data.FGVC_SPLITS = "http://127.0.0.1:9/gone"
+        data.TABLE["cub"] = dataclasses.replace(row, source="http://127.0.0.1:9/gone.tgz")
+    command = ["--data", "cub", "--root", "root", "--weights", files / "vit.pth", "--epochs", 1, "--batch-size", 4, "--cpu"]
+    error = refusal(capsys, command)
+    assert "cannot be downloaded" in error and error.endswith("and put it there")
+    left = [path for path in Path("root").rglob("*") if path.is_file() and path.suffix != ".jpg"]
+    assert "CUB_200_2011.tgz" not in file or left == []
+    assert not any(path.name in (file, "val.json") or ".download-" in str(path) for path in left)
+    cub_server.cut.clear()
+    path.write_bytes(whole)
+    data.FGVC_SPLITS, data.TABLE["cub"] = url, row
+    run("--data", "cub", "--root", "root", "--workers", 0, epochs=1)
+    assert "test" in capsys.readouterr().out
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(url, folder, md5):
+        (Path(folder) / "CUB_200_2011.tgz").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "CUB_200_2011" / "images"
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch(path, "source", lambda folder: interrupted("url", folder, "md5"))
+    assert list(path.parent.iterdir()) == []
+
+
+def test_the_table_has_the_papers_settings():
+    def settings(names):
+        return {name: (row.inner_dim, row.scale, row.batch_size) for name in names for row in [data.TABLE[name]]}
+
+    assert [len(data.members(name)) for name in ("fgvc", "vtab", "hta")] == [5, 19, 10]
+    assert settings(data.GROUPS["fgvc"]) == {
+        "cub": (16, 0.1, 64), "nabirds": (32, 0.1, 64), "flowers": (8, 0.1, 64), "dogs": (32, 0.1, 64),
+        "cars": (64, 1.5, 64),
+    }  # fmt: skip
+    exceptions = {"svhn": (16, 0.5), "resisc45": (16, 0.5), "dsprites_ori": (16, 0.1), "smallnorb_ele": (32, 0.5)}
+    for group, usual in {"natural": (8, 0.1, 64), "specialized": (16, 1.5, 40), "structured": (32, 1.5, 40)}.items():
+        for name, found in settings(data.GROUPS[f"vtab/{group}"]).items():
+            assert found == (*exceptions.get(name.removeprefix("vtab/"), usual[:2]), usual[2]), name
+    assert set(settings(data.GROUPS["hta"]).values()) == {(64, 0.1, 64)}
+    for row in data.ROWS[:34]:
+        method = train.complete_settings({"data": row.name, "method": "sa2vp"})
+        assert method["lr"] == (5e-4 if row.name in ("vtab/oxford_iiit_pet", "vtab/clevr_count") else 1e-3)
+        assert method["fusion_layers"] == ((4,) if row.name == "cars" else None)
+        assert (method["epochs"], method["warmup_epochs"], method["weight_decay"]) == (100, 10, 1e-4)
+        assert (method["dropout"], method["window"], method["seed"], row.image_size) == (0.1, 3, 42, 224)
+        assert row.crop == (row.name in data.GROUPS["fgvc"]) and row.vtab == row.name.startswith("vtab/")
+    counts = [200, 555, 102, 120, 196]
+    counts += [102, 100, 47, 102, 37, 10, 397] + [2, 10, 45, 5] + [8, 6, 6, 4, 16, 16, 18, 9]
+    counts += [200, 555, 102, 120, 10, 100, 47, 101, 43, 10]
+    assert [row.classes for row in data.ROWS[:34]] == counts
+
+
+def test_vtab_is_searched_on_train800_and_val200_and_other_sets_on_their_validation(run, tmp_path):
+    make_vtab(tmp_path / "root")
+    (tmp_path / "root/vtab-1k/clevr_count/test.txt").rename("hidden.txt")
+    splits = data.load(data.find("vtab/clevr_count"), tmp_path / "root", tune=True)
+    assert [len(samples) for samples in splits[:3]] == [16, 4, 0]
+    flags = ["--data", "vtab/clevr_count", "--root", tmp_path / "root", "--lr", 1e-3, 1e-2]
+    with pytest.raises(SystemExit):  # the search reads no test data: that is missed only by the run that comes after
+        run(*flags, epochs=1)
+    rows = table(Path("run/results.csv"))
+    assert [bool(row["val_accuracy"]) for row in rows] == [True, True] and not any(row["accuracy"] for row in rows)
+    Path("hidden.txt").rename(tmp_path / "root/vtab-1k/clevr_count/test.txt")
+    run(*flags, epochs=1)
+    rows = table(Path("run/results.csv"))
+    best = max(rows, key=lambda row: float(row["val_accuracy"]))
+    assert [bool(row["accuracy"]) for row in rows] == [row is best for row in rows]
+    tested = torch.load(f"run/vtab-clevr_count-sa2vp-lr{best['lr']}/last.pt", weights_only=True)
+    assert tested["settings"]["tune"] is False
+
+
+def test_the_split_is_always_the_same_and_holds_out_a_tenth_or_a_fifth(tmp_path):
+    folder = make_folder(tmp_path / "a", {"train": 20, "test": 3})
+    splits = data.load(data.find(str(folder)), tmp_path)
+    assert [len(samples) for samples in splits[:3]] == [36, 4, 6] and splits.classes == ["ant", "bee"]
+    assert [label for _, label in splits.val] == [0, 0, 1, 1]
+    assert not {path for path, _ in splits.train} & {path for path, _ in splits.val}
+    np.random.seed(1), torch.manual_seed(1)
+    assert splits == data.load(data.find(str(folder)), tmp_path)
+    make_folder(tmp_path / "b", {"train": 20, "val": 5, "test": 3})
+    assert [len(samples) for samples in data.load(data.find(str(tmp_path / "b")), tmp_path)[:3]] == [40, 10, 6]
+    assert data.hold_out([("a", 0), ("b", 1), ("c", 1)], 0.1)[0][0] == ("a", 0)  # a class of one stays in train
+    assert "seed" not in inspect.signature(data.load).parameters
+
+
+@pytest.mark.parametrize("change, named", [("missing", "0.jpg, which is not there"), ("damaged", "lists of cub cannot be")])
+def test_a_listed_picture_that_is_missing_or_a_damaged_list_is_named(tmp_path, change, named):
+    write(tmp_path, json_set("cub"))
+    if change == "missing":
+        (tmp_path / "CUB_200_2011/images/a/train00.jpg").unlink()
+        named = "train0" + named
+    else:
+        (tmp_path / "CUB_200_2011/val.json").write_text("{")
+    with pytest.raises((data.DataError, FileNotFoundError), match=named):
+        data.load(data.find("cub"), tmp_path)
+
+
+def test_drawn_pictures_are_always_the_same_and_balanced():
+    splits, again = (data.load(data.find("shapes"), Path(".")) for _ in range(2))
+    for ours, theirs in zip(splits[:3], again[:3]):
+        assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(ours, theirs))
+    assert not any(np.array_equal(splits.train[0][0], picture) for picture, _ in splits.test)
+    source = data.drawn(None, None, False, data.what_and_which_colour, data.KINDS, (64, 32, 32))
+    for part, classes in ((splits.val, 8), (source.train, 16)):
+        counts = np.bincount([label for _, label in part], minlength=classes)
+        assert len(counts) == classes and counts.min() == counts.max()
+
+
+def test_the_target_task_of_the_drawn_pictures_is_the_direction_from_red_to_blue():
+    def centre(picture, channel):
+        hue = picture.astype(int)
+        ys, xs = np.nonzero(hue[..., channel] - np.delete(hue, channel, axis=2).max(axis=2) > 100)
+        return np.array([xs.mean(), ys.mean()])
+
+    rng = np.random.default_rng(5)
+    for label in list(range(8)) * 10:
+        picture = data.where_is_blue(rng, label)
+        dx, dy = centre(picture, 2) - centre(picture, 0)
+        angle = math.radians(45 * label)
+        assert math.cos(angle) * dx + math.sin(angle) * dy > 0.85 * math.hypot(dx, dy), data.DIRECTIONS[label]
+
+
+def test_transforms_are_the_papers():
+    """On a picture whose red is x and whose green is y, 0 to 255, side, offset and mirroring can be read off."""
+    y, x = np.mgrid[0:400, 0:800]
+    picture = Image.fromarray(np.stack([x * 255 / 799, y * 255 / 399, 0 * x], axis=-1).round().astype(np.uint8))
+    half = dict(image_size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+    def span(image):  # of x and of y, in pixels of the picture
+        red, green = ((image[channel] + 1) / 2 for channel in (0, 1))
+        return [(800 * red[0, i].item(), 400 * green[i, 0].item()) for i in (0, -1)]
+
+    for training in (False, True):  # squeezed, always the same
+        (left, top), (right, bottom) = span(data.transform(False, **half, training=training)(picture))
+        assert (left, top, right, bottom) == pytest.approx((0, 0, 800, 400), abs=6)
+    (left, top), (right, bottom) = span(data.transform(True, **half)(picture))  # 400 pixels become 256, 224 are 350
+    assert (left, top, right, bottom) == pytest.approx((225, 25, 575, 375), abs=6)
+
+    torch.manual_seed(0)
+    mirrored, offsets = 0, set()
+    for _ in range(40):
+        (left, top), (right, bottom) = span(data.transform(True, **half, training=True)(picture))
+        mirrored += left > right
+        left, right = min(left, right), max(left, right)
+        offsets.add((round(left), round(top)))
+        assert right - left == pytest.approx(350, abs=6) and bottom - top == pytest.approx(350, abs=6)
+    assert 8 < mirrored < 32 and len(offsets) > 30
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")])
+def test_pictures_of_every_kind_become_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"picture.{suffix}"
+    Image.new("RGB", (9, 7), (200, 200, 200)).convert(mode).save(path)
+    picture = data.open_picture(path)
+    assert picture.mode == "RGB" and picture.size == (9, 7)
+    assert abs(picture.getpixel((4, 3))[0] - 200) < 6
+
+
+def test_a_picture_of_16_bits_keeps_its_brightness(tmp_path):
+    Image.fromarray(np.full((7, 9), 30_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert data.open_picture(tmp_path / "deep.png").getpixel((4, 3)) == (116, 116, 116)
+
+
+def test_a_picture_that_the_camera_turned_stands_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.new("RGB", (9, 7)).save(tmp_path / "turned.jpg", exif=exif)
+    assert data.open_picture(tmp_path / "turned.jpg").size == (7, 9)
+
+
+# ---------------------------------------------------------------------- several runs
+
+
+def listed(ablate=False, **given):
+    """{(data set, variant): the settings that vary}, as `list_combinations` has them."""
+    found = train.list_combinations(given, ablate)
+    return {key: [{name: settings[name] for name in given if name in settings} for settings in choices]
+            for key, choices in found.items()}  # fmt: skip
+
+
+def test_runs_are_the_combinations_of_what_was_given():
+    assert listed(data=["cub"]) == {("cub", "sa2vp"): [{"data": "cub"}]}
+    assert list(listed(data=["fgvc", "vtab/dmlab"])) == [(name, "sa2vp") for name in (*data.GROUPS["fgvc"], "vtab/dmlab")]
+    found = listed(data=["cub"], method=["linear", "sa2vp"], lr=[1e-3, 5e-3], scale=[0.1, 0.5])
+    linear, tuned = found["cub", "linear"], found["cub", "sa2vp"]
+    assert [(choice["lr"], "scale" in choice) for choice in linear] == [(1e-3, False), (5e-3, False)]
+    assert [(choice["lr"], choice["scale"]) for choice in tuned] == [(1e-3, 0.1), (1e-3, 0.5), (5e-3, 0.1), (5e-3, 0.5)]
+    (choice,) = train.list_combinations({"data": ["cub"], "seed": [7, 8]})["cub", "sa2vp"]
+    assert choice["seed"] == 7  # a search is made with the first seed
+
+
+def test_settings_come_from_what_was_given_then_the_data_set_then_the_method():
+    one = train.complete_settings({"data": "cars", "method": "sa2vp", "dropout": 0.0})
+    assert (one["inner_dim"], one["scale"], one["window"], one["dropout"], one["lr"]) == (64, 1.5, 3, 0.0, 1e-3)
+    assert one["fusion_layers"] == (4,)
+    assert train.complete_settings({"data": "cars", "method": "sa2vp", "distill_layers": ()})["fusion_layers"] is None
+    shapes = train.complete_settings({"data": "shapes", "method": "vpt"})
+    assert shapes["heads"] == 4 and shapes["image_size"] == 48 and shapes["prompts"] == 50 and "window" not in shapes
+    assert train.complete_settings({"data": "shapes", "method": "vpt", "weights": "mae"})["heads"] is None
+
+
+def test_an_ablation_changes_one_thing_in_each_variant():
+    found = train.list_combinations({"data": ["cub"], "scale": [0.5], "lr": [0.02]}, ablate=True)
+    full = found["cub", "full-method"][0]
+    expected = {
+        "full-method": {}, "linear-probe": {"method": "linear"}, "no-prompts": {"method": "adapter"},
+        "window-none": {"window": None}, "window-1": {"window": 1}, "window-5": {"window": 5},
+        "no-distillation": {"distill_layers": ()}, "no-fusion": {"fusion_layers": ()},
+        "half-size-map": {"prompt_grid": "half"},
+    }  # fmt: skip
+    assert [variant for _, variant in found] == list(expected) and full["scale"] == 0.5
+    for (_, variant), (choice,) in found.items():
+        differences = {name: value for name, value in choice.items() if full[name] != value}
+        assert differences == expected[variant] and choice["lr"] == 0.02
+
+
+def small_group(root, monkeypatch):
+    """Three small data sets, as the group trio."""
+    write(root, json_set("cub") | json_set("nabirds"))
+    make_vtab(root, "dsprites_loc")
+    monkeypatch.setitem(data.GROUPS, "pair", ["cub", "nabirds"])
+    monkeypatch.setitem(data.GROUPS, "trio", ["pair", "vtab/dsprites_loc"])
+    monkeypatch.setitem(data.PUBLISHED["sa2vp"], "trio", 90.0)
+
+
+def test_several_runs_end_with_one_table_also_after_an_interruption(run, tmp_path, monkeypatch, capsys):
+    small_group(tmp_path / "root", monkeypatch)
+    flags = ["--data", "trio", "--root", tmp_path / "root", "--seed", 0, 1]
+    whole = run(*flags, out="whole", epochs=1)
+    printed = capsys.readouterr().out.split("data   ")[-1]
+    with monkeypatch.context() as patch:
+        interrupt(patch, "evaluate", 5)
+        with pytest.raises(SystemExit):
+            run(*flags, out="broken", epochs=1)
+    first = Path("broken/cub-sa2vp-seed0/best.pt")
+    before = first.stat().st_mtime_ns
+    run(*flags, out="broken", epochs=1)
+    assert first.stat().st_mtime_ns == before and capsys.readouterr().out.split("data   ")[-1] == printed
+    assert Path("broken/results.csv").read_text() == (whole / "results.csv").read_text()
+
+    rows = table(whole / "results.csv")
+    assert list(rows[0]) == ["data", "method", "val_accuracy", "accuracy", "std", "published", "trainable"]
+    assert [row["data"] for row in rows] == ["cub", "nabirds", "vtab/dsprites_loc", "pair", "trio"]
+    accuracies = [float(row["accuracy"]) for row in rows]
+    assert accuracies[3] == pytest.approx(sum(accuracies[:2]) / 2)
+    assert accuracies[4] == pytest.approx((accuracies[2] + accuracies[3]) / 2)  # of its parts, not of its members
+    assert [row["published"] for row in rows] == ["", "", "", "", "90.0"] and rows[0]["std"] and not rows[3]["trainable"]
+    results = [json.loads(Path(f"whole/cub-sa2vp-seed{seed}/result.json").read_text())["accuracy"] for seed in (0, 1)]
+    assert accuracies[0] == pytest.approx(sum(results) / 2)
+
+
+def test_a_group_has_a_mean_only_if_every_member_has_every_seed(monkeypatch):
+    monkeypatch.setattr(data, "GROUPS", {"pair": ["a", "b"]})
+    for b, mean in (({0: 70.0, 1: 40.0}, 55), ({1: 40.0}, None), ({}, None)):
+        scores = {("a", "sa2vp"): {0: 50.0, 1: 60.0}, ("b", "sa2vp"): b}
+        (row,) = train.group_rows(scores, [0, 1], "method")
+        assert (row["data"], row["method"], row["accuracy"]) == ("pair", "sa2vp", mean)
+
+
+def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(run, monkeypatch):
+    calls, fit = [], train.fit
+    accuracies = {(1e-3, 0.1): 40.0, (1e-3, 0.5): 60.0, (1e-2, 0.1): 60.0, (1e-2, 0.5): 10.0}
+
+    def pretended(settings, out, machine, state, test):
+        key = settings["lr"], settings.get("scale", 0.1)
+        calls.append((settings["method"], *key, settings["seed"], test))
+        return {"data": "insects", "method": settings["method"], "seed": settings["seed"], "val_accuracy": accuracies[key],
+                "accuracy": 70.0 + settings["seed"] if test else None, "prompt_accuracy": None, "trainable": 5,
+                "best_epoch": 1, "seconds": 0}  # fmt: skip
+
+    monkeypatch.setattr(train, "fit", pretended)
+    run("--method", "sa2vp", "linear", "--lr", 1e-3, 1e-2, "--scale", 0.1, 0.5, "--seed", 3, 4)
+    search = [("sa2vp", lr, scale, 3, False) for lr, scale in accuracies]
+    chosen = [("sa2vp", 1e-3, 0.5, seed, True) for seed in (3, 4)]  # the first of equals
+    probe = [("linear", lr, 0.1, 3, False) for lr in (1e-3, 1e-2)] + [("linear", 1e-2, 0.1, seed, True) for seed in (3, 4)]
+    assert calls == search + chosen + probe
+    rows = table(Path("run/results.csv"))
+    assert list(rows[0])[:5] == ["data", "method", "lr", "scale", "val_accuracy"]
+    assert [(row["lr"], row["scale"], row["val_accuracy"], row["accuracy"]) for row in rows] == [
+        ("0.001", "0.1", "40.0", ""), ("0.001", "0.5", "60.0", "73.5"), ("0.01", "0.1", "60.0", ""),
+        ("0.01", "0.5", "10.0", ""), ("0.001", "", "40.0", ""), ("0.01", "", "60.0", "73.5"),
+    ]  # fmt: skip
+    monkeypatch.setattr(train, "fit", fit)
+
+
+def test_the_chosen_run_of_a_search_is_tested_as_it_is(run):
+    out = run("--method", "linear", "--lr", 1e-3, 1e-1, epochs=2)
+    results = [json.loads(path.read_text()) for path in sorted(out.rglob("result.json"))]
+    assert [result["accuracy"] is None for result in results].count(True) == 1
+    rows = table(out / "results.csv")
+    chosen = max(rows, key=lambda row: float(row["val_accuracy"]))
+    alone = run("--method", "linear", "--lr", chosen["lr"], out="alone", epochs=2)
+    assert float(chosen["accuracy"]) == json.loads((alone / "result.json").read_text())["accuracy"]
+
+
+def test_a_run_that_cannot_run_is_named_and_the_rest_still_runs(run, tmp_path, monkeypatch, capsys):
+    small_group(tmp_path / "root", monkeypatch)
+    (tmp_path / "root/nabirds/images/a/test00.jpg").unlink()
+    with pytest.raises(SystemExit) as stop:
+        run("--data", "trio", "--root", tmp_path / "root", epochs=1)
+    assert stop.value.code == 2 and "nabirds-sa2vp could not run: nabirds lists the picture" in capsys.readouterr().err
+    rows = table(Path("run/results.csv"))
+    assert [bool(row["accuracy"]) for row in rows] == [True, False, True, False, False]
+    monkeypatch.setattr(train, "ABLATIONS", {"full-method": {}, "impossible": {"fusion_layers": (1,)}})
+    with pytest.raises(SystemExit):
+        run("--ablate", "--lr", 1e-2, out="ablation", epochs=1)
+    assert "insects-impossible could not run: layers in F, [1], must be among" in capsys.readouterr().err
+    rows = table(Path("ablation/results.csv"))
+    assert [(row["variant"], bool(row["accuracy"])) for row in rows] == [("full-method", True), ("impossible", False)]
+
+
+def test_other_settings_have_another_folder_by_themselves():
+    assert train.run_name({"data": ["cub"], "lr": [5e-3]}) == "cub-sa2vp-lr0.005"
+    values = {"data": ["vtab/dmlab", "cub"], "method": ["vpt"], "seed": [0, 1], "weights": ["a/deit.pth"]}
+    assert train.run_name(values) == "vtab-dmlab+cub-vpt-seed0+1-weightsa-deit.pth"
+    values = {"distill_layers": [(0, 4)], "prompt_grid": [(7, 7), "half"], "window": [None]}
+    assert train.run_name(values, "ablation") == "shapes-ablation-distill_layers0,4-prompt_grid7,7+half-windownone"
+
+
+# ---------------------------------------------------------------------- with a tuned model
 
 
 def test_a_tuned_model_is_loaded_for_prediction_and_a_wrong_backbone_refused(run, files, tmp_path):
     out = run("--window", "none", "--prompt-grid", "3x4")
     model, meta = sa2vp.load(out / "best.pt")
-    assert meta["classes"] == ["ant", "bee"] and meta["image_size"] == (224, 224) and not model.training
-    assert model.prompt_grid == (3, 4) and model.predict(torch.randn(2, 3, 224, 224)).shape == (2, 2)
+    assert meta["classes"] == ["ant", "bee"] and meta["input"]["image_size"] == (224, 224) and not model.training
+    assert model.prompt_grid == (3, 4) and model(torch.randn(2, 3, 224, 224))[0].shape == (2, 2)
     torch.manual_seed(1)
     torch.save(vit.VisionTransformer(224, 32, 64, 5, 1).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="another backbone"):
         sa2vp.load(out / "best.pt", weights=tmp_path / "other.pth")
+
+
+def test_a_checkpoint_that_lacks_something_is_refused_by_name(run, capsys):
+    out = run(epochs=1)
+    whole = torch.load(out / "best.pt", weights_only=True)
+    changes = [{"settings": None}, {"trained": {}}, {"options": {"magic": 1}}, {"history": None}]
+    for change in (*changes, {"settings": whole["settings"] | {"method": "magic"}}):
+        torch.save({name: value for name, value in (whole | change).items() if value is not None}, out / "damaged.pt")
+        assert "damaged.pt" in refusal(capsys, ["--eval", out / "damaged.pt", "--cpu"])
+
+
+def test_a_checkpoint_is_tested_with_the_transforms_it_was_trained_with(run, monkeypatch):
+    out, asked, transform = run(epochs=1), [], data.transform
+    checkpoint = torch.load(out / "best.pt", weights_only=True)
+    torch.save(checkpoint | {"input": checkpoint["input"] | {"crop": False}}, out / "squeezed.pt")
+    monkeypatch.setattr(data, "transform", lambda crop, **rest: asked.append(crop) or transform(crop, **rest))
+    for name in ("best.pt", "squeezed.pt"):
+        train.main(["--eval", str(out / name), "--cpu", "--workers", "0"])
+    assert asked == [True, False]
 
 
 def test_predict_prints_the_likeliest_classes_of_pictures_and_folders(run, files, tmp_path, capsys):
@@ -1464,144 +1753,147 @@ def test_predict_prints_the_likeliest_classes_of_pictures_and_folders(run, files
     out = run("--data", tmp_path / "seven", epochs=1)
     pictures = [files / "insects/test/bee/1.png", files / "insects/train"]
     model, meta = sa2vp.load(out / "best.pt")
-    show = data.transform(meta["crop"], False, meta["image_size"], meta["mean"], meta["std"])
+    transform = data.transform(**meta["input"])
     capsys.readouterr()
-    train.main(["--predict", *map(str, [out / "best.pt", *pictures]), "--json", "--cpu"])
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    inside = sorted(path for path in pictures[1].rglob("*.png"))
-    assert [entry["picture"] for entry in printed] == [str(path) for path in [pictures[0], *inside]]
-    for entry in printed:
-        with torch.inference_mode():
-            (logits,) = model.predict(show(data.open_picture(Path(entry["picture"])))[None])
-        right = sorted(zip(logits.softmax(dim=0).tolist(), meta["classes"]), reverse=True)[:5]
-        assert [top["class"] for top in entry["top"]] == [name for _, name in right]
-        assert [top["probability"] for top in entry["top"]] == pytest.approx([p for p, _ in right], rel=1e-4)
-    train.main(["--predict", str(out / "best.pt"), str(pictures[0]), "--cpu"])
+    train.main(["--predict", *map(str, [out / "best.pt", *pictures]), "--cpu"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(pictures[0]) and [line.split()[1] for line in lines[1:]] == [
-        top["class"] for top in printed[0]["top"]
-    ]
+    expected = [pictures[0], *sorted(pictures[1].rglob("*.png"))]
+    assert lines[::6] == list(map(str, expected)) and len(lines) == 6 * len(expected)
+    for i, picture in enumerate(expected):
+        with torch.inference_mode():
+            (probabilities,) = model(transform(data.open_picture(picture))[None])[0].softmax(dim=1)
+        right = sorted(zip(probabilities.tolist(), meta["classes"]), reverse=True)[:5]
+        assert [line.split() for line in lines[6 * i + 1 : 6 * i + 6]] == [[f"{p:.2%}", name] for p, name in right]
 
 
 def test_predict_names_what_it_cannot_read_and_goes_on(run, files, tmp_path, capsys):
     out = run(epochs=1)
     (tmp_path / "damaged.jpg").write_bytes(b"\xff\xd8 no picture")
     capsys.readouterr()
-    command = ["--predict", out / "best.pt", tmp_path / "damaged.jpg", files / "insects/test/ant", "--json", "--cpu"]
-    with pytest.raises(SystemExit) as stop:
-        train.main([str(argument) for argument in command])
+    assert fail(["--predict", out / "best.pt", tmp_path / "damaged.jpg", files / "insects/test/ant", "--cpu"]) == 2
     printed = capsys.readouterr()
-    assert stop.value.code == 2 and "damaged.jpg" in printed.err and len(printed.out.splitlines()) == 4
-    assert [len(json.loads(line)["top"]) for line in printed.out.splitlines()] == [2] * 4  # there are no more classes
+    assert "damaged.jpg" in printed.err and len(printed.out.splitlines()) == 4 * 3  # there are just two classes
     (tmp_path / "empty").mkdir()
-    for picture, part in (("empty", "no pictures in"), ("absent.jpg", "no picture"), ("absent/", "no picture")):
-        assert part in refusal(capsys, ["--predict", out / "best.pt", tmp_path / picture, "--cpu"])
+    for picture in ("empty", "absent.jpg"):
+        assert "there is no picture" in refusal(capsys, ["--predict", out / "best.pt", tmp_path / picture, "--cpu"])
     assert "checkpoint and then pictures" in refusal(capsys, ["--predict", out / "best.pt", "--cpu"])
+
+
+@pytest.mark.parametrize("method", sa2vp.METHODS)
+def test_show_writes_a_row_for_each_picture_and_something_in_each_column(run, files, capsys, method):
+    out, columns = run("--method", method, epochs=1), 6 if method == "sa2vp" else 4
+    pictures = ["--predict", str(out / "best.pt"), str(files / "insects/test/bee")]
+    for job, rows in ((["--eval", str(out / "best.pt"), "--show", "100"], 8), ([*pictures, "--show", "2"], 2)):
+        train.main([*job, "--cpu"])
+        assert "show.png" in capsys.readouterr().out
+        with Image.open(out / "show.png") as page:
+            assert page.size == (columns * train.TILE, train.TITLE + rows * train.TILE)
+            for column in range(columns):  # its title too
+                left = column * train.TILE
+                for box in ((left, 0, left + train.TILE, train.TITLE), (left, train.TITLE, left + train.TILE, page.height)):
+                    assert len(page.crop(box).getcolors(10**6)) > 1
+
+
+def test_principal_components_of_the_prompt_map_become_colours():
+    model = small_model()
+    tokens = 1e-5 * torch.randn(1, 13, 16, dtype=torch.double)
+    tokens[0, 1:, 2] = torch.arange(12.0)
+    model.prompt_map.forward = lambda: tokens
+    red, green, blue = train.principal_colours(model).flatten(1)
+    ramp = red if red[0] < 0.5 else red.flip(0)  # a component has no sign
+    torch.testing.assert_close(ramp, torch.linspace(0, 1, 12, dtype=torch.double), rtol=0, atol=1e-3)
+    assert max(green.max(), blue.max()) < 1e-3
+
+
+def test_the_bench_measures_its_rows_beside_the_encoder(files, capsys, monkeypatch):
+    some = ("train: frozen encoder", "train: SA2VP", "predict: frozen encoder", "predict: SA2VP")
+    monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in some})
+    train.main(["--bench", "--weights", str(files / "vit.pth"), "--batch-size", "2", "--cpu"])
+    rows = [re.split(r"  +", line) for line in capsys.readouterr().out.strip().splitlines()[2:]]
+    assert [row[0] for row in rows] == list(some)
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows) and rows[0][2] == rows[2][2] == "1.00"
 
 
 def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    few = {"shapes": (data.where_is_blue, data.DIRECTIONS), "shapes-source": (data.what_and_which_colour, data.KINDS)}
-    for name, (task, classes) in few.items():
-        show = dict(image_size=data.SIDE, drawn=True)
-        row = data.DataSet(name, len(classes), data.drawn(task, classes, 64, 16, 16), "drawn", **show)
-        monkeypatch.setitem(data.TABLE, name, row)
+    for name in ("shapes", "shapes-source"):
+        row = data.TABLE[name]
+        load = functools.partial(data.drawn, **row.load.keywords | {"counts": (64, 16, 16)})
+        monkeypatch.setitem(data.TABLE, name, dataclasses.replace(row, load=load))
     monkeypatch.setitem(train.PRETRAINING, "epochs", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(SystemExit) as stop:
-            train.main(["--cpu", "--epochs", "2"])
-    assert stop.value.code == 130 and "to go on: python train.py --cpu --epochs 2" in capsys.readouterr().err
+        interrupt(patch, "evaluate", 1)
+        assert fail(["--cpu", "--epochs", "2"]) == 130
     train.main(["--cpu", "--epochs", "2"])
     assert "pre-training" in capsys.readouterr().out
     train.main(["--cpu", "--epochs", "2", "--method", "linear"])
     assert "pre-training" not in capsys.readouterr().out
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["shapes-linear", "shapes-sa2vp", "shapes-vit"]
-    assert vit.load_vit("runs/shapes-vit/vit.pt", data.SIDE).mean == vit.IMAGENET_MEAN
+    names = ["shapes-linear-epochs2", "shapes-sa2vp-epochs2", "shapes-vit"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == names
+    assert vit.load_vit("runs/shapes-vit/vit.pt", data.SIDE, heads=4).normalize == "imagenet"
 
 
-# ---------------------------------------------------------------------- what is said in words
-
-README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+# ---------------------------------------------------------------------- the command line, files and words
 
 
-def test_the_example_in_the_readme_prints_what_it_says(capsys):
-    example, printed = re.search(r"```python\n(from sa2vp import aligned.*?)```\n+```\n(.*?)```", README, re.S).groups()
-    exec(example, {})
-    assert capsys.readouterr().out == printed
-
-
-def test_every_line_that_the_readme_shows_for_an_equation_is_in_the_code():
-    code = Path(vit.__file__).read_text() + Path(sa2vp.__file__).read_text()
-    lines = re.findall(r"^\| (?:\(\d\))? ?\|.*\| `([^`]*)` \|$", README, re.MULTILINE)
-    assert len(lines) == 9 and all(line in code for line in lines)
-
-
-def test_every_link_within_the_readme_leads_to_a_heading():
-    headings = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = set(re.findall(r"\]\(#(.*?)\)", README))
-    assert len(links) > 10 and links <= anchors
-
-
-@pytest.mark.parametrize("module", [vit, sa2vp, data, train], ids=lambda module: module.__name__)
-def test_every_public_class_function_and_method_has_a_docstring(module):
-    own = [part for part in vars(module).values() if getattr(part, "__module__", None) == module.__name__]
-    parts = {part.__qualname__: part for part in own if inspect.isclass(part) or inspect.isfunction(part)}
-    for name, part in list(parts.items()):
-        if inspect.isclass(part):
-            parts |= {f"{name}.{method}": f for method, f in vars(part).items() if inspect.isfunction(f)}
-    public = {name: part for name, part in parts.items() if not re.search(r"(^|\.)_", name)}
-    assert len(public) > 10 and [name for name, part in public.items() if not part.__doc__] == []
-
-
-# ---------------------------------------------------------------------- bad input
+def test_the_list_has_a_line_for_each_data_set_and_each_backbone(capsys):
+    train.main(["--list"])
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert lines == ["name", *data.TABLE, "weights", *vit.BACKBONES]
 
 
 @pytest.mark.parametrize(
     "flags, part",
     [
         (["--data", "nonsense"], "cub, nabirds, flowers"),
+        (["--data"], "--data"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "3", "--warmup-epochs", "3"], "above"),
         (["--batch-size", "1000"], "no batch of 1000"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
+        (["--lr", "1e-3", "x"], "--lr"),
         (["--dropout", "1"], "--dropout"),
         (["--inner-dim", "0"], "--inner-dim"),
-        (["--inner-dim", "x"], "--inner-dim"),
         (["--prompt-grid", "7"], "--prompt-grid"),
         (["--prompt-grid", "0x7"], "--prompt-grid"),
         (["--prompt-grid", "2x2", "--window", "1"], "nothing to attend to"),
-        (["--window", "2"], "--window"),
+        (["--window", "2"], "odd and positive"),
         (["--distill-layers", "0,9"], "must be among"),
         (["--fusion-layers", "1"], "must be among"),
-        (["--method", "linear", "--window", "3"], "--window is a setting of --method sa2vp"),
-        (["--method", "magic"], "magic"),
+        (["--method", "linear", "--window", "3"], "--window is no setting of linear"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--normalize", "magic"], "invalid choice: 'magic'"),
+        (["--image-size", "100"], "not a multiple of patch size"),
+        (["--heads", "3"], "does not divide into 3 heads"),
         (["--gpu", "99"], "no GPU 99"),
         (["--weights", "absent.pth"], "absent.pth"),
         (["--weights", __file__], "test_sa2vp.py"),
         (["--nonsense"], "--nonsense"),
-        (["--resume", "--out", "empty"], "no run to resume"),
+        (["--resume"], "--resume"),
         (["--eval", "absent.pt"], "absent.pt"),
         (["--eval", __file__], "test_sa2vp.py"),
-        (["--lr", "1e30", "--batch-size", "4"], "loss is not finite"),
-        (["--show", "3"], "--show goes with --eval"),
-        (["--json"], "--json goes with --predict"),
+        (["--show", "3"], "--show has no part in training"),
         (["--eval", "some.pt", "--show", "0"], "--show"),
-        (["--eval", "some.pt", "--json"], "--json has no part in --eval"),
+        (["--eval", "some.pt", "--lr", "1"], "--lr has no part in --eval"),
+        (["--eval", "some.pt", "--weights", "a", "b"], "--weights takes one value here"),
+        (["--list", "--cpu"], "--cpu has no part in --list"),
         (["--predict", "absent.pt", __file__], "absent.pt"),
+        (["--predict", "absent.pt", __file__, "--data", "cub"], "--data has no part in --predict"),
         (["--predict", "absent.pt", __file__, "--eval", "some.pt"], "not allowed with"),
+        (["--ablate", "--window", "3"], "--window has no part in --ablate"),
+        (["--ablate", "--method", "vpt"], "--method has no part in --ablate"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(files, tmp_path, monkeypatch, capsys, flags, part):
     monkeypatch.chdir(tmp_path)
-    common = [] if "--gpu" in flags else ["--cpu"]
+    common = [] if {"--gpu", "--list"} & set(flags) else ["--cpu"]
     for flag, value in (("--data", files / "insects"), ("--weights", files / "vit.pth"), ("--batch-size", 4),
                         ("--workers", 0)):  # fmt: skip
-        if flag not in flags and not {"--eval", "--predict", "--resume"} & set(flags):
+        if flag not in flags and not {"--eval", "--predict", "--list"} & set(flags):
             common += [flag, value]
     assert part in refusal(capsys, [*flags, *common])
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1625,13 +1917,94 @@ def test_a_folder_without_classes_or_tests_says_what_it_needs(files, tmp_path, m
     assert "'wasp'" in refusal(capsys, [*flags, "other"])
 
 
-def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
-    train.save_whole(tmp_path / "file", lambda file: file.write(b"before"))
+@pytest.mark.parametrize("name", ["state.pt", "result.json", "table.csv", "show.png"])
+def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch, name):
+    """An error in the middle of writing must not touch what is there."""
+    before = {"state.pt": {"a": 1}, "result.json": {"a": 1}, "table.csv": [{"a": 1}], "show.png": Image.new("L", (9, 9))}
+    train.save(tmp_path / name, before[name])
+    content = (tmp_path / name).read_bytes()
 
     def full_disk(descriptor):
         raise OSError("no space left")
 
     monkeypatch.setattr(train.os, "fsync", full_disk)
     with pytest.raises(OSError):
-        train.save_whole(tmp_path / "file", lambda file: file.write(b"after"))
-    assert (tmp_path / "file").read_bytes() == b"before"
+        train.save(tmp_path / name, {**before, "state.pt": {"a": 2}}[name])
+    if name == "state.pt":
+        with pytest.raises(Exception, match="local object"):
+            train.save(tmp_path / name, {"a": torch.ones(10**5), "b": lambda: None})
+    assert (tmp_path / name).read_bytes() == content
+
+
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_in_the_readme_prints_what_it_says(capsys):
+    example, printed = re.search(r"```python\n(from sa2vp import aligned.*?)```\n+```\n(.*?)```", README, re.S).groups()
+    exec(example, {})
+    assert capsys.readouterr().out == printed
+
+
+def test_every_line_that_the_readme_shows_for_an_equation_is_in_the_code():
+    code = Path(vit.__file__).read_text() + Path(sa2vp.__file__).read_text()
+    lines = re.findall(r"^\| (?:\(\d\))? ?\|.*\| `([^`]*)` \|$", README, re.MULTILINE)
+    assert len(lines) == 9 and [line for line in lines if line not in code] == []
+
+
+def test_every_link_within_the_readme_leads_to_a_heading():
+    headings = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = set(re.findall(r"\]\(#(.*?)\)", README))
+    assert links and links <= anchors
+
+
+@pytest.mark.parametrize("module", [vit, sa2vp, data, train], ids=lambda module: module.__name__)
+def test_every_public_class_function_and_method_has_a_docstring(module):
+    own = [part for part in vars(module).values() if getattr(part, "__module__", None) == module.__name__]
+    parts = {part.__qualname__: part for part in own if inspect.isclass(part) or inspect.isfunction(part)}
+    for name, part in list(parts.items()):
+        if inspect.isclass(part):
+            parts |= {f"{name}.{method}": f for method, f in vars(part).items() if inspect.isfunction(f)}
+    # A forward without one is described by its class.
+    public = {name: part for name, part in parts.items() if not re.search(r"(^|\.)_|forward$|<locals>", name)}
+    assert len(public) > 10 and [name for name, part in public.items() if not part.__doc__] == []
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"prompt_grid": (7, 7)}, {"distill_layers": ()}, *({"method": m} for m in ("vpt", "adapter", "linear", "full"))]
+)
+def test_a_step_on_cuda_has_nearly_the_loss_of_float32_on_the_cpu(settings, tmp_path, options, compiled):
+    one = settings(epochs=1, warmup_epochs=0, **options)
+    if "dropout" in one:
+        one["dropout"] = 0.0
+    losses = []
+    for machine in (CPU, train.choose_machine({"compile": compiled, "workers": 0})):
+        train.fit(one, tmp_path / str(machine.device), machine, {})
+        losses.append(float(table(tmp_path / str(machine.device) / "metrics.csv")[0]["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@needs_cuda
+def test_a_run_on_cuda_goes_on_predicts_shows_and_is_measured(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["--data", files / "insects", "--weights", files / "vit.pth", "--epochs", 3, "--batch-size", 4, "--gpu", 0]
+    command = [str(argument) for argument in [*command, "--workers", 0, "--out", "run"]]
+    with monkeypatch.context() as patch:
+        interrupt(patch, "evaluate", 1)
+        assert fail(command) == 130
+    train.main(command)
+    rows = table(Path("run/metrics.csv"))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    train.main(["--eval", "run/best.pt", "--show", "2", "--gpu", "0"])
+    train.main(["--predict", "run/best.pt", str(files / "insects/test"), "--show", "2", "--gpu", "0"])
+    assert Path("run/show.png").exists()
+    monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in ("train: frozen encoder", "train: SA2VP")})
+    train.bench({"bench": True, "weights": [files / "vit.pth"]}, rounds=2)
+    assert "memory ratio" in capsys.readouterr().out

@@ -1,266 +1,188 @@
-"""Tunes a pre-trained ViT on a data set: `python train.py --data cub --gpu 0`, or `--help` for the settings.
+"""Tunes a pre-trained ViT on a data set: `python train.py --data cub --gpu 0`, or `--help` for all settings.
 
-A run writes into its folder: metrics.csv (a row per epoch), best.pt (what was trained, of the epoch
-that did best on validation data), last.pt (everything needed to go on), and result.json.
+A run reads its data, puts a method on a frozen backbone, trains it for some epochs and keeps the epoch of
+highest validation accuracy, with which it reads the test data, once, at its end. Its folder holds
+metrics.csv (a row per epoch), best.pt (the kept epoch), last.pt (the last whole epoch, from which the same
+command goes on after an interruption) and result.json.
+
+Any setting may be given several values. Every command is a list of runs; several end with a table.
 """
 
 import argparse
 import csv
+import inspect
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import statistics
 import sys
 import textwrap
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import traceback
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import data
 import sa2vp
-from vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_vit
+import vit
 
-# AdamW's peak learning rate for each method: the paper's for sa2vp; vpt's and linear's were searched on
-# validation data, full's is a customary one. A data set may have its own.
-LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "linear": 1e-2, "full": 1e-4}
-SA2VP_SETTINGS = "inner_dim scale dropout window prompt_grid distill_layers fusion_layers freeze_adapters".split()
+# Peak learning rates of AdamW: sa2vp's is the paper's; vpt's and linear's were searched on validation data;
+# adapter's is sa2vp's and full's a customary one. A data set may have its own.
+LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "adapter": 1e-3, "linear": 1e-2, "full": 1e-4}
 
-# The paper's ablations: what each changes of the full method.
-ABLATIONS = {
+ABLATIONS = {  # what each variant changes of the full method
     "full-method": {},
-    "linear-probe": {"method": "linear"},  # no prompts
+    "linear-probe": {"method": "linear"},
+    "no-prompts": {"method": "adapter"},
     "window-none": {"window": None},  # not aligned
     "window-1": {"window": 1},
     "window-5": {"window": 5},
     "no-distillation": {"distill_layers": ()},  # and so no fusion: every layer prompts
     "no-fusion": {"fusion_layers": ()},
     "half-size-map": {"prompt_grid": "half"},
-    "adapters-frozen": {"freeze_adapters": True},
 }
 
 # The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
-SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=4)
-SMALL_VIT_FILE = Path("runs/shapes-vit/vit.pt")
-PRETRAINING = dict(
-    data="shapes-source", method="full", weights=None, epochs=6, batch_size=64, lr=2e-3, weight_decay=1e-4,
-    warmup_epochs=1, seed=42,
-)  # fmt: skip
+SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=4, normalize="imagenet")
+SMALL_VIT_FILE = Path(data.TABLE["shapes"].weights)
+PRETRAINING = dict(data="shapes-source", method="full", epochs=6, lr=2e-3, warmup_epochs=1)
 
-# What can be asked for instead of training, and the flags that have a part in it, beside the device's.
-PARTS = {
-    "list": (),
-    "bench": ("weights", "batch_size", "compile"),
-    "eval": ("data", "root", "weights", "workers", "compile", "show"),
-    "predict": ("weights", "json"),
-}
+# torchrun's processes: which one this is, how many there are, and the same on this machine.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError, BrokenProcessPool)  # ends in one sentence and exit code 2
+BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError)  # ends in one sentence and exit code 2
 
 
-def main(argv=None):
-    """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    out = None
-    try:
-        given = vars(command_line().parse_args(argv))  # just the settings that were given
-        check_parts(given)
-        if given.pop("list", False):
-            return print_rows()
-        place = dict(
-            root=given.pop("root", None),
-            workers=given.pop("workers", None),
-            device=choose_device(given.pop("gpu", None), given.pop("cpu", False)),
-            compiled=given.pop("compile", False),
-        )
-        if "eval" in given:
-            return evaluate_checkpoint(given.pop("eval"), given, **place)
-        if "predict" in given:
-            return predict(*given.pop("predict"), given=given, device=place["device"])
-        if given.pop("bench", False):
-            return bench(given, **place)
+class Machine(NamedTuple):
+    """What a run computes on. None of it changes what is computed, but for rounding."""
 
-        resume, out, seeds = given.pop("resume", False), given.pop("out", None), given.pop("seeds", None)
-        asked, ablate = given.get("data", "shapes"), given.pop("ablate", False)
-        name = asked if asked in data.GROUPS else data.find(asked).name
-        if out is None:
-            kind = "ablation" if ablate else given.get("method", "sa2vp")
-            out = default_out(f"{name.replace('/', '-')}-{kind}", taken=resume)
-        out, holds = from_first_process((out, holds_run(out)))
-        if holds and not resume:
-            raise ValueError(f"{out} already holds a run: give another --out, or --resume to go on with it")
-        if resume and not holds:
-            raise ValueError(f"{out} holds no run to resume")
-        if (ablate or seeds or asked in data.GROUPS) and (out / "last.pt").exists():
-            raise ValueError(f"{out} holds a single run: give the --out of the runs to go on with")
-        if ablate:
-            run_all(list_jobs(ablations(given), seeds), out, ablation_table, "ablation.csv", **place)
-        elif asked in data.GROUPS or seeds:
-            members = {member: given | {"data": member} for member in data.GROUPS.get(asked, [])} or {name: given}
-            run_all(list_jobs(members, seeds), out, group_table, "results.csv", **place)
-        elif resume:
-            settings, place["root"] = resumed_run(out, given, place["root"])
-            run(settings, out, **place)
-        else:
-            run(settle(given), out, **place)
-    except KeyboardInterrupt:
-        if out and holds_run(out):
-            argv += [flag for flag in ("--resume",) if flag not in argv]
-            argv += [] if any(flag.startswith("--out") for flag in argv) else ["--out", str(out)]
-        print(f"\ninterrupted; to go on: python train.py {shlex.join(argv)}", file=sys.stderr)
-        sys.exit(130)
-    except BAD_INPUT as error:
-        print(f"train.py: {sentence(error)}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    workers: int  # processes that load pictures
+    compile: bool
+    root: Path  # where data sets are kept
 
 
 # ---------------------------------------------------------------------- the loop
 
 
-def fit(settings, out, root, workers, device, compiled):
-    """Trains by `settings`, from where out/last.pt stands if there is one; returns the chosen epoch's model.
+def fit(settings, out, machine, state, test=True):
+    """Trains by `settings`, going on from `state` (the content of out/last.pt), and returns the result, a dict.
 
-    Everything random in an epoch follows from (seed, epoch), so that a run that is interrupted and
-    resumed after any whole epoch ends with the numbers of one that never was.
+    Everything random in an epoch follows from (seed, epoch), so that a run that was interrupted ends with
+    the numbers of one that was not. Without `test` the test data is not read.
     """
-    row, root = data.find(settings["data"]), Path(root or "data")
-    if rank() > 0:  # the first process downloads, if need be
-        dist.barrier()
-    splits = data.load(row, root, settings["seed"], settings.get("tune", False))
-    if rank() == 0 and dist.is_initialized():
-        dist.barrier()
-    if not row.vtab and not (splits.val and splits.test):
-        raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
-    if len(splits.train) < settings["batch_size"]:
-        raise ValueError(f"{len(splits.train)} training pictures make no batch of {settings['batch_size']}")
-    if settings["batch_size"] % world_size():
-        raise ValueError(f"{world_size()} processes cannot share a batch of {settings['batch_size']} evenly")
-    model, meta = build(settings, row, splits.classes)
-    meta["root"] = str(root.resolve())
-    model.to(device)
-    network = torch.compile(model, dynamic=False) if compiled else model  # the same parameters, run faster
+    splits, backbone = read_inputs(settings, machine)
+    model, meta = build_model(settings, backbone, splits.classes, machine)
     optimizer = make_optimizer(model, settings["weight_decay"])
-    train = loader_for(splits.train, row, meta, workers, shuffle_seed=settings["seed"])
-    val = loader_for(splits.val, row, meta, workers)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    history = go_on(state, out, meta, model, optimizer, scaler)  # a dict for each epoch
+    network, training_network = wrap(model, machine)
+    loader = partial(make_loader, meta=meta, machine=machine)
+    log(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
+        f"{machine.device} in {text(machine.dtype)}, to {out}")  # fmt: skip
 
-    say(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
-        f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
-    say(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on {device}, "
-        f"to {out}")  # fmt: skip
-
-    history = []  # a row per epoch
-    if from_first_process((out / "last.pt").exists()):
-        last = read_last(out)
-        if last["fingerprint"] != meta["fingerprint"]:
-            raise ValueError(f"{out} was begun on another backbone than {meta['weights']} holds now")
-        sa2vp.load_trained(model, last["trained"])
-        optimizer.load_state_dict(last["optimizer"])
-        history = last["history"]
-    else:
-        (out / "result.json").unlink(missing_ok=True)
-        save_checkpoint(out / "last.pt", model, meta, optimizer=optimizer.state_dict(), history=history)
-
-    shared = DistributedDataParallel(network) if dist.is_initialized() else network  # averages the gradients
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
-        seed_dropout(settings["seed"], epoch, rank())
-        train.sampler.epoch = epoch
-        loss, lr, speed, waited = train_epoch(shared, train, optimizer, settings, epoch, device)
-        val_accuracy, val_prompt_accuracy = evaluate(network, val, device, fill=compiled)
+        torch.manual_seed(seed_from(settings["seed"], epoch, RANK))  # of dropout, crops and flips
+        batches = loader(splits.train, shuffle_seed=seed_from(settings["seed"], epoch))
+        loss, lr, speed = train_epoch(training_network, batches, optimizer, scaler, settings, epoch, machine)
+        accuracy, prompt_accuracy = evaluate(network, loader(splits.val), machine)
         history.append({
             "epoch": epoch + 1,
             "loss": loss,
             "lr": lr,
-            "val_accuracy": val_accuracy,
-            "val_prompt_accuracy": val_prompt_accuracy,
+            "val_accuracy": accuracy,
+            "val_prompt_accuracy": prompt_accuracy,
             "images_per_second": speed,
             "seconds": time.perf_counter() - start,
         })  # fmt: skip
-        say(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
-            f"validation {percent(val_accuracy, val_prompt_accuracy)}"
-            + (f"  ({waited:.0%} waiting for data)" if waited > 0.05 else ""))  # fmt: skip
-        if chosen(history) is history[-1]:
-            save_checkpoint(out / "best.pt", model, meta, **history[-1])
-        save_table(out / "metrics.csv", history)
-        save_checkpoint(out / "last.pt", model, meta, optimizer=optimizer.state_dict(), history=history)
+        log(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
+            f"validation {percent(accuracy, prompt_accuracy)}")  # fmt: skip
+        state = meta | {"trained": sa2vp.saved_parameters(model), "history": history}
+        if best_epoch(history) is history[-1]:
+            save(out / "best.pt", state)
+        save(out / "last.pt", state | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+        save(out / "metrics.csv", history)
 
-    # The test data is used here, once, with the epoch that validation chose.
-    best = chosen(history)
+    # The test data is used here, once, with the epoch that was kept.
+    best = best_epoch(history)
     sa2vp.load_trained(model, sa2vp.read_checkpoint(out / "best.pt")["trained"])
-    if not from_first_process((out / "result.json").exists()):
-        test = loader_for(splits.test, row, meta, workers)
-        accuracy, prompt_accuracy = evaluate(network, test, device, fill=compiled)
-        result = {
-            "method": settings["method"],
-            "data": row.name,
-            "accuracy": accuracy,
-            "prompt_accuracy": prompt_accuracy,
-            "val_accuracy": best["val_accuracy"],
-            "best_epoch": best["epoch"],
-            "trainable": sa2vp.count_trained(model),
-            "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
-            "seconds": sum(epoch["seconds"] for epoch in history),
-            "seed": settings["seed"],
-        }
-        save_whole(out / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
-    result = json.loads((out / "result.json").read_text())
-    say(f"test {percent(result['accuracy'], result['prompt_accuracy'])} with epoch {result['best_epoch']}, "
-        f"trained for {result['seconds']:.0f} s")  # fmt: skip
-    return model
+    accuracy, prompt_accuracy = evaluate(network, loader(splits.test if test else []), machine)
+    result = {
+        "method": settings["method"],
+        "data": data.find(settings["data"]).name,
+        "accuracy": accuracy,
+        "prompt_accuracy": prompt_accuracy,
+        "val_accuracy": best["val_accuracy"],
+        "best_epoch": best["epoch"],
+        "trainable": sa2vp.count_trained(model),
+        "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
+        "seconds": sum(epoch["seconds"] for epoch in history),
+        "seed": settings["seed"],
+    }
+    save(out / "result.json", result)
+    return result
 
 
-def train_epoch(model, loader, optimizer, settings, epoch, device):
-    """One pass over the training data: (mean loss, last learning rate, images per second, share of time waiting)."""
-    warmup_steps, total_steps = settings["warmup_epochs"] * len(loader), settings["epochs"] * len(loader)
+def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
+    """One pass over the training data: (mean loss, last learning rate, images per second)."""
     model.train()
-    losses, waited, start = [], 0.0, time.perf_counter()
-    hidden = None if rank() == 0 else True  # None: shown on a terminal
-    bar = tqdm(loader, f"epoch {epoch + 1}/{settings['epochs']}", unit="batch", leave=False, disable=hidden)
-    asked = time.perf_counter()
-    for step, (images, labels) in enumerate(bar, start=epoch * len(loader)):
-        waited += time.perf_counter() - asked
+    warmup_steps, total_steps = settings["warmup_epochs"] * len(batches), settings["epochs"] * len(batches)
+    total, start = torch.zeros((), device=machine.device), time.perf_counter()
+    bar = progress(batches, f"epoch {epoch + 1}/{settings['epochs']}")
+    for step, (images, labels) in enumerate(bar, start=epoch * len(batches)):
         lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device):
+        images, labels = (tensor.to(machine.device, non_blocking=True) for tensor in (images, labels))
+        with autocast(machine):
             loss = sa2vp.two_pathway_loss(model(images), labels)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        if step % 10 == 0 or len(losses) == len(loader):  # reading the loss makes a GPU wait: not in every step
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
-            seconds = time.perf_counter() - start
-            speed = len(losses) * settings["batch_size"] / seconds
-            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {speed:.0f} images/s")
-        asked = time.perf_counter()
-    return summed(torch.stack(losses).mean()).item() / world_size(), lr, speed, waited / seconds
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        total += loss.detach()
+    loss = summed(total).item() / len(batches) / WORLD
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
+    return loss, lr, len(batches) * settings["batch_size"] / (time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def evaluate(model, batches, machine):
+    """Accuracy in percent of each pathway, (base, prompt); None for one that the method has not, or for no pictures."""
+    model.eval()
+    totals, logits = torch.zeros(3, device=machine.device), ()  # correct by base, correct by prompt, pictures
+    for images, labels in batches:
+        images, labels = (tensor.to(machine.device, non_blocking=True) for tensor in (images, labels))
+        with autocast(machine):
+            logits = model(images)
+        for pathway, scores in enumerate(logits):
+            totals[pathway] += (scores.argmax(dim=1) == labels).sum()
+        totals[2] += len(labels)
+    base, prompt, count = summed(totals).tolist()
+    return 100 * base / count if count else None, 100 * prompt / count if len(logits) == 2 else None
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW, eps 1e-8; weight decay on matrices and prompt maps, none on biases, norms and other vectors."""
-    trained = sa2vp.trained_parameters(model).values()
+    """AdamW; weight decay on all that has more than one dimension (matrices, prompt maps, gates), not on the rest."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -276,563 +198,435 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@torch.inference_mode()
-def evaluate(model, loader, device, fill=False):
-    """Accuracy in percent of each pathway, (base, prompt); None for one that the method has not, or for no pictures.
-
-    `fill` fills the last batch up, because a compiled model is compiled for one size.
-    """
-    if not len(loader.dataset):
-        return None, None
-    model.eval()
-    correct, logits = torch.zeros(2, dtype=torch.long, device=device), ()
-    for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if fill:
-            images = F.pad(images, (0, 0) * 3 + (0, loader.batch_size - len(labels)))
-        with autocast(device):
-            logits = model(images)
-        for pathway, scores in enumerate(logits):
-            correct[pathway] += (scores[: len(labels)].argmax(dim=1) == labels).sum()
-    base, prompt = (100 * n / len(loader.dataset) for n in summed(correct).tolist())
-    return base, prompt if len(logits) == 2 else None
-
-
-def seed_dropout(*key):
-    """Seeds PyTorch's generator by several numbers, so that no two keys share a stream."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
-def autocast(device):
-    """bfloat16 where matrix products are faster in it: on CUDA."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def chosen(history):
+def best_epoch(history):
     """The epoch that is kept: the first of highest validation accuracy, base pathway; without validation, the last."""
     if history[-1]["val_accuracy"] is None:
         return history[-1]
     return max(history, key=lambda epoch: epoch["val_accuracy"])
 
 
-def percent(base, prompt):
-    """Both pathways' accuracies in words; "-" where there is none."""
-    return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
+def autocast(machine):
+    """Matrix products in the machine's dtype."""
+    return torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 
 
-# ---------------------------------------------------------------------- several processes (torchrun)
-
-
-def rank():
-    """Which of the processes this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def summed(tensor):
-    """The tensor, summed over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def say(text=""):
-    """Prints, once for all processes."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def from_first_process(content):
-    """What the first process has there, so that all agree on it."""
-    contents = [content]
-    if dist.is_initialized():
-        dist.broadcast_object_list(contents)
-    return contents[0]
-
-
-# ---------------------------------------------------------------------- several runs
-
-
-def ablations(given):
-    """{variant: what is given for it}, as `ABLATIONS` has it.
-
-    The linear probe has no part in SA2VP's own settings, and keeps the learning rate that suits it.
-    """
-    for name in given.keys() & set().union(*ABLATIONS.values()):
-        raise ValueError(f"--{name.replace('_', '-')} has no part in --ablate, which changes it itself")
-    if given.get("data") in data.GROUPS:
-        raise ValueError(f"--ablate takes one data set, not the group {given['data']}")
-    probe = {name: value for name, value in given.items() if name not in (*SA2VP_SETTINGS, "lr")}
-    return {name: (probe if "method" in change else given) | change for name, change in ABLATIONS.items()}
-
-
-def list_jobs(variants, seeds):
-    """{variant: what is given for it} -> {folder: (variant, settings)}, a run for each of the seeds."""
-    jobs = {}
-    for name, given in variants.items():
-        for seed in seeds or [None]:
-            settings = settle(given | ({} if seed is None else {"seed": seed}))
-            jobs[name.replace("/", "-") + ("" if seed is None else f"-seed{seed}")] = name, settings
-    return jobs
-
-
-def run_all(jobs, out, tabulate, file, **place):
-    """Runs a list of settings one after another, each in its folder below `out`; `tabulate` makes a table of all.
-
-    What is finished is kept, what was interrupted goes on; one that cannot run is named, and the rest still runs.
-    """
-    for folder, (_, settings) in jobs.items():
-        if (out / folder / "last.pt").exists() and read_last(out / folder)["settings"] != settings:
-            raise ValueError(f"{out / folder} was run with other settings: give the same ones, or another --out")
-    results, failures = {name: [] for name, _ in jobs.values()}, {}
-    for number, (folder, (name, settings)) in enumerate(jobs.items(), 1):
-        say(f"\n[{number}/{len(jobs)}] {folder}")
-        try:
-            run(settings, out / folder, **place)
-            results[name].append(json.loads((out / folder / "result.json").read_text()))
-        except BAD_INPUT as error:
-            if dist.is_initialized():  # the other processes are still in there
-                raise
-            failures[folder] = sentence(error)
-    for folder, failure in failures.items():
-        print(f"train.py: {folder} could not run: {failure}", file=sys.stderr)
-    if not any(results.values()):
-        raise ValueError("none of these could run")
-    rows = tabulate(results)
-    save_table(out / file, rows)
-    print_table(rows)
-    if failures:
-        sys.exit(2)
-
-
-def accuracies(runs):
-    """{seed: accuracy} of some result.json; what --tune leaves untested counts by validation."""
-    return {run["seed"]: run["val_accuracy"] if run["accuracy"] is None else run["accuracy"] for run in runs}
-
-
-def spread(values):
-    """Mean and standard deviation over seeds, for a row of a table."""
-    values = list(values)
-    return {
-        "accuracy": statistics.mean(values) if values else None,
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-    }
-
-
-def ablation_table(results):
-    """{variant: its result.json for each seed} -> rows: accuracy, and its change from the full method's."""
-    rows, full = [], accuracies(results["full-method"])
-    for name, runs in results.items():
-        found = accuracies(runs)
-        changes = [found[seed] - full[seed] for seed in found.keys() & full.keys()]
-        trainable = runs[0]["trainable"] if runs else None
-        change = statistics.mean(changes) if changes else None
-        rows.append({"variant": name, **spread(found.values()), "change": change, "trainable": trainable})
-    return rows
-
-
-def group_table(results):
-    """{data set: its result.json for each seed} -> rows: of each data set, then the means of whole groups."""
-    seeds = {run["seed"] for runs in results.values() for run in runs}
-    first = next(runs[0] for runs in results.values() if runs)
-    published = {} if first["accuracy"] is None else data.PUBLISHED[first["method"]]
-    scores, rows = {}, []
-
-    def add(name, found, trainable=None):
-        scores[name] = found  # {seed: accuracy}
-        rows.append({"data": name, **spread(found.values()), "published": published.get(name), "trainable": trainable})
-
-    for name, runs in results.items():
-        add(name, accuracies(runs), runs[0]["trainable"] if runs else None)
-    for group, members in data.GROUPS.items():
-        if set(members) <= results.keys():
-            parts = [part for part in data.GROUPS if part.startswith(f"{group}/")] or members  # VTAB: mean of its three
-            columns = [scores[part] for part in parts]
-            whole = all(column.keys() == seeds for column in columns)  # of a group, every member and seed or nothing
-            add(group, {seed: statistics.mean(column[seed] for column in columns) for seed in seeds} if whole else {})
-    return rows
-
-
-def print_table(rows):
-    """Rows (dicts of the same keys) in columns as wide as they need."""
-    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    say()
-    for line in cells:
-        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-
-
-def _cell(value):
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else f"{value}"
-
-
-def print_rows():
-    """--list: a line per data set, with SA2VP's settings for it."""
-    print_table([
-        {
-            "data": row.name,
-            "classes": row.classes,
-            "transforms": "crop, flip" if row.crop else "resize",
-            "r": row.inner_dim,
-            "s": f"{row.scale:g}",
-            "batch": row.batch_size,
-            "lr": f"{(LEARNING_RATE | row.lr)['sa2vp']:g}",
-            "F": "default" if row.fusion_layers is None else ",".join(map(str, row.fusion_layers)),
-            "from": row.source,
-        }
-        for row in data.ROWS
-    ])  # fmt: skip
+def seed_from(*numbers):
+    """A seed that follows from several numbers, so that no two tuples share a stream."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 # ---------------------------------------------------------------------- what a run starts from
 
 
-def settle(given):
-    """Every setting of a run: what was given, else the data set's own, else the recipe's."""
-    row = data.find(given.get("data", "shapes"))
-    method, epochs = given.get("method", "sa2vp"), given.get("epochs", row.epochs)
-    settings = dict(
-        data=row.name,
-        method=method,
-        weights=str(SMALL_VIT_FILE) if row.drawn else "imagenet21k",
-        epochs=epochs,
-        batch_size=row.batch_size,
-        lr=(LEARNING_RATE | row.lr)[method],
-        weight_decay=1e-4,
-        warmup_epochs=round(epochs / 10),  # the recipe's 10 of 100
-        seed=42,
-    )
-    if row.vtab:
-        settings["tune"] = False
-    elif "tune" in given:
-        raise ValueError(f"--tune is for VTAB-1k: {row.name} has validation pictures of its own")
-    if method == "sa2vp":
-        settings |= dict(inner_dim=row.inner_dim, scale=row.scale, dropout=row.dropout, window=3)
-        settings |= dict(prompt_grid=None, distill_layers=None, freeze_adapters=False)
-        settings["fusion_layers"] = None if "distill_layers" in given else row.fusion_layers
-    for name in given:
-        if name not in settings:
-            raise ValueError(f"--{name.replace('_', '-')} is a setting of --method sa2vp, not of {method}")
-    settings |= given
-    if settings["data"] not in data.TABLE:
-        settings["data"] = str(Path(given["data"]).resolve())
-    if settings["weights"] != "imagenet21k":
+def complete_settings(some):
+    """All settings of a run: those that were given, else the data set's own, else the method's, else the recipe's."""
+    row, method = data.find(some["data"]), some["method"]
+    settings = {
+        "data": some["data"] if some["data"] in data.TABLE else str(Path(some["data"]).resolve()),
+        "method": method,
+        "seed": 42,
+        "weights": row.weights,
+        "heads": None if "weights" in some else row.heads,
+        "normalize": None,
+        "image_size": row.image_size,
+        "epochs": row.epochs,
+        "batch_size": row.batch_size,
+        "lr": (LEARNING_RATE | row.lr)[method],
+        "weight_decay": 1e-4,
+        "tune": False,  # VTAB-1k alone: train800 and val200, without test
+    }
+    for option in inspect.signature(sa2vp.METHODS[method]).parameters.values():
+        if option.default is not option.empty:
+            settings[option.name] = getattr(row, option.name, option.default)
+    if "distill_layers" in some:
+        settings["fusion_layers"] = None  # the row's are a subset of the default D
+    settings |= {name: value for name, value in some.items() if name != "data"}
+    settings.setdefault("warmup_epochs", round(settings["epochs"] / 10))  # the recipe's 10 of 100
+    if settings["weights"] and settings["weights"] not in vit.BACKBONES:
         settings["weights"] = str(Path(settings["weights"]).resolve())
     if settings["epochs"] <= settings["warmup_epochs"]:
-        raise ValueError(f"--epochs {epochs} must be above --warmup-epochs {settings['warmup_epochs']}")
+        raise ValueError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
     return settings
 
 
-def run(settings, out, **place):
-    """One run by complete settings; for the drawn pictures' own backbone, that first."""
-    if settings["weights"] == str(SMALL_VIT_FILE.resolve()):
-        pretrain_small_vit(**place)
-    fit(settings, out, **place)
+def read_inputs(settings, machine):
+    """The pictures and the backbone of a run. The first process of each machine downloads what is not there."""
+    row, batch_size, weights = data.find(settings["data"]), settings["batch_size"], settings["weights"]
+
+    torch.manual_seed(settings["seed"])  # of the small ViT, which is not read but drawn
+
+    def read():
+        options = {name: settings[name] for name in ("image_size", "heads", "normalize")}
+        backbone = vit.load_vit(weights, **options) if weights else vit.VisionTransformer(**SMALL_VIT)
+        return data.load(row, machine.root, settings["tune"]), backbone
+
+    splits, backbone = first_on_each_machine(read)
+    if not (row.vtab or splits.val and splits.test):
+        raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
+    if len(splits.train) < batch_size:
+        raise ValueError(f"{len(splits.train)} training pictures make no batch of {batch_size}: lower --batch-size")
+    if batch_size % WORLD:
+        raise ValueError(f"{WORLD} processes cannot share a batch of {batch_size} evenly")
+    log(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
+        f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
+    guessed = not settings["heads"] and Path(weights or ".npz").suffix not in ("", ".npz")
+    log(f"{weights or 'from scratch'}: width {backbone.dim}, {len(backbone.blocks)} layers, "
+        f"{backbone.blocks[0].attn.heads} heads{' (taken as width / 64)' if guessed else ''}, patch "
+        f"{backbone.patch_size[0]}, image {backbone.image_size[0]}, normalization {backbone.normalize}")  # fmt: skip
+    return splits, backbone
 
 
-def build(settings, row, classes):
-    """The model, seeded, and `meta`: what its checkpoints say beside the trained parameters."""
+def build_model(settings, backbone, classes, machine):
+    """The method on its backbone, drawn by the run's seed, and `meta`: what its checkpoints say beside the weights."""
     torch.manual_seed(settings["seed"])
-    image_size, weights = (row.image_size, row.image_size), settings["weights"]
-    if weights is None:  # pre-training starts from nothing
-        vit = VisionTransformer(**SMALL_VIT)
-        vit.mean, vit.std = IMAGENET_MEAN, IMAGENET_STD
-    else:
-        own = Path(weights).match(str(SMALL_VIT_FILE))  # whose number of heads its file does not tell
-        vit = load_vit(weights, image_size, heads=SMALL_VIT["heads"] if own else None)
-    options = {name: settings[name] for name in SA2VP_SETTINGS if name in settings}
-    if options.get("prompt_grid") == "half":
-        options["prompt_grid"] = tuple(max(1, side // 2) for side in vit.grid)
-    meta = dict(
-        method=settings["method"],
-        options=options,
-        classes=list(classes),
-        settings=settings,
-        weights=weights,
-        fingerprint=vit.fingerprint(),
-        heads=vit.blocks[0].attn.heads,
-        image_size=image_size,
-        crop=row.crop,
-        mean=vit.mean,
-        std=vit.std,
-    )
-    return sa2vp.METHODS[settings["method"]](vit, len(classes), **meta["options"]), meta
+    row, method = data.find(settings["data"]), sa2vp.METHODS[settings["method"]]
+    options = {name: settings[name] for name in inspect.signature(method).parameters if name in settings}
+    mean, std = vit.NORMALIZE[backbone.normalize]
+    size = backbone.image_size
+    meta = {
+        "settings": settings,
+        "options": options,
+        "classes": list(classes),
+        "backbone": {"image_size": size, "heads": backbone.blocks[0].attn.heads, "normalize": backbone.normalize},
+        "fingerprint": sa2vp.fingerprint(backbone),
+        "input": {"crop": row.crop, "image_size": size, "mean": mean, "std": std},  # of data.transform
+        "root": str(machine.root.resolve()),
+    }
+    return method(backbone, len(classes), **options).to(machine.device), meta
 
 
-def pretrain_small_vit(**place):
-    """Trains the drawn pictures' backbone by the same loop, once, and writes its weights under timm's names."""
-    if not SMALL_VIT_FILE.exists():
-        say(f"pre-training a small ViT on single shapes (once; kept as {SMALL_VIT_FILE})")
-        model = fit(PRETRAINING, SMALL_VIT_FILE.parent, **place)
-        save_whole(SMALL_VIT_FILE, partial(torch.save, {"model": model.vit.cpu().state_dict()}))
-        say()
+def go_on(state, out, meta, model, optimizer, scaler):
+    """Puts the state of the last whole epoch into model, optimizer and scaler, and returns the history of the epochs."""
+    if "optimizer" not in state:
+        return []
+    if state["fingerprint"] != meta["fingerprint"]:
+        raise ValueError(f"{out} was begun on another backbone than {meta['settings']['weights']} holds now")
+    sa2vp.load_trained(model, state["trained"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["history"]
 
 
-def transform_for(meta, training=False):
-    """The way from a PIL picture to what the model of these `meta` takes."""
-    return data.transform(meta["crop"], training, meta["image_size"], meta["mean"], meta["std"])
+def earlier_state(out, settings):
+    """last.pt, else best.pt, of the run in `out`, {} if there is none; ValueError if its settings are others."""
+    for file in (out / "last.pt", out / "best.pt"):
+        if file.exists():
+            state = sa2vp.read_checkpoint(file)
+            for name in sorted(settings.keys() | state["settings"].keys()):
+                then, now = state["settings"].get(name), settings.get(name)
+                if then != now:
+                    raise ValueError(f"{out} holds a run with {name} {text(then)}, not {text(now)}: give another --out")
+            return state
+    return {}
 
 
-def loader_for(samples, row, meta, workers, shuffle_seed=None):
+def wrap(model, machine):
+    """(the network to evaluate, the network to train): the same parameters, compiled or shared by processes if need be."""
+    network = model
+    if machine.compile:
+        torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
+        network = torch.compile(model, dynamic=False)
+    if WORLD == 1:
+        return network, network
+    shared = DistributedDataParallel(network)  # averages the gradients
+    shared.broadcast_buffers = False  # the masks never change
+    return network, shared
+
+
+def make_loader(samples, meta, machine, shuffle_seed=None):
     """The samples as the model takes them, in batches; shuffled and augmented if there is a `shuffle_seed`."""
-    show = transform_for(meta, training=shuffle_seed is not None)
-    if workers is None:
-        workers = 0 if row.drawn else min(8, max(1, os.cpu_count() // world_size()))
-    batch_size, share = max(meta["settings"]["batch_size"], world_size()), (rank(), world_size())
-    return data.make_loader(samples, show, batch_size, workers, shuffle_seed, share)
+    transform = data.transform(**meta["input"], training=shuffle_seed is not None)
+    batch_size = max(meta["settings"]["batch_size"], WORLD)
+    pin_memory = machine.device.type == "cuda"
+    return data.make_loader(samples, transform, batch_size, machine.workers, pin_memory, shuffle_seed, RANK, WORLD)
 
 
-def default_out(name, taken=False):
-    """runs/<name>, with the next free number; or, of those, the last that is `taken`."""
-    last = free = Path("runs", name)
-    for number in itertools.count(2):
-        if not free.exists():
-            return last if taken else free
-        last, free = free, Path("runs", f"{name}-{number}")
+# ---------------------------------------------------------------------- several runs
 
 
-def holds_run(out):
-    """Is there anything of a run, or of several, in this folder?"""
-    return any(any(out.rglob(name)) for name in ("last.pt", "best.pt", "result.json"))
+def run(settings, out, machine, test=True):
+    """One run, in its folder, from where it stands. One that is finished is kept: its result is returned again."""
+    state, result = earlier_state(out, settings), {}
+    if state and (out / "result.json").exists():
+        result = json.loads((out / "result.json").read_text())
+    if not result or test and result["accuracy"] is None:
+        if settings["weights"] == str(SMALL_VIT_FILE.resolve()) and not SMALL_VIT_FILE.exists():
+            pretrain_small_vit(machine)
+        result = fit(settings, out, machine, state, test)
+    accuracies = (result["accuracy"], result["prompt_accuracy"]) if test else (result["val_accuracy"], None)
+    log(f"{'test' if test else 'validation'} {percent(*accuracies)} with epoch {result['best_epoch']}, "
+        f"trained for {result['seconds']:.0f} s")  # fmt: skip
+    return result
 
 
-def read_last(out):
-    """What last.pt holds; ValueError if a run cannot go on from it."""
-    last = sa2vp.read_checkpoint(out / "last.pt")
-    if not {"optimizer", "history"} <= last.keys():
-        raise ValueError(f"{out / 'last.pt'} is not what a run goes on from")
-    return last
+def pretrain_small_vit(machine):
+    """Trains the drawn pictures' backbone by the same loop, and writes its weights."""
+    log(f"pre-training a small ViT on single shapes (once; kept as {SMALL_VIT_FILE})")
+    run(complete_settings(PRETRAINING), SMALL_VIT_FILE.parent, machine)
+    trained = sa2vp.read_checkpoint(SMALL_VIT_FILE.parent / "best.pt")["trained"]
+    save(SMALL_VIT_FILE, {n.removeprefix("vit."): tensor for n, tensor in trained.items() if n.startswith("vit.")})
+    log()
 
 
-def resumed_run(out, given, root):
-    """The settings and the root of the run in `out`; ValueError if a setting that is given now is another."""
-    if not (out / "last.pt").exists():
-        raise ValueError(f"{out} holds no run to resume (several runs are resumed with the flags that began them)")
-    last = read_last(out)
-    own = last["settings"]
-    now = settle({name: own[name] for name in ("data", "method", "epochs")} | given)
-    for name in given:
-        if now[name] != own.get(name):
-            raise ValueError(f"{out} was run with {name} {own.get(name)}, not {now[name]}: leave it out")
-    return own, root or last["root"]
+def list_combinations(values, ablate=False):
+    """{setting: values} -> {(data set, variant): [the settings of each combination, with the first seed]}.
 
-
-def evaluate_checkpoint(path, given, root, workers, device, compiled):
-    """--eval: prints the test accuracy of a checkpoint again; --show draws what it looks at."""
-    model, meta = sa2vp.load(path, given.get("weights"))
-    network = torch.compile(model.to(device), dynamic=False) if compiled else model.to(device)
-    row = data.find(given.get("data", meta["settings"]["data"]))
-    splits = data.load(row, root or meta["root"], meta["settings"]["seed"])
-    if not splits.test:
-        raise ValueError(f"{row.name} has no test pictures")
-    if splits.classes != meta["classes"]:
-        raise ValueError(f"{path} was trained on other classes than {row.name} has")
-    test = loader_for(splits.test, row, meta, workers)
-    accuracy, prompt_accuracy = evaluate(network, test, device, fill=compiled)
-    say(f"test {accuracy} %" + ("" if prompt_accuracy is None else f" (prompt pathway {prompt_accuracy} %)"))
-    if "show" in given:
-        some = np.linspace(0, len(splits.test) - 1, min(given["show"], len(splits.test))).round().astype(int)
-        plain, weights = model.vit, given.get("weights") or meta["weights"]
-        if meta["method"] == "full":  # which has tuned its own
-            plain = load_vit(weights, meta["image_size"], meta["heads"]).to(device).eval()
-        page = draw_page(model, plain, meta, [splits.test[i] for i in some])
-        save_whole(path.with_name("show.png"), partial(page.save, format="png"))
-        say(f"wrote {path.with_name('show.png')}")
-
-
-def predict(path, *pictures, given, device):
-    """--predict: prints the five likeliest classes of each picture, in the order given; of a folder, by name.
-
-    One that cannot be read is named on stderr, the rest still comes, and the exit code is 2.
+    Data sets, methods and seeds are repetitions; whatever else has several values makes combinations. A
+    setting is for the methods that have it.
     """
-    if not pictures:
-        raise ValueError("--predict takes a checkpoint and then pictures or folders of them")
-    model, meta = sa2vp.load(path, given.get("weights"))
-    model.to(device)
-    show = transform_for(meta)
-    failures = 0
-    for picture in data.find_pictures(pictures):
+    variants = ABLATIONS if ablate else {method: {"method": method} for method in values.get("method", ["sa2vp"])}
+    for name in values.keys() & set().union(*ABLATIONS.values()) if ablate else ():
+        raise ValueError(f"{flag(name)} has no part in --ablate, which changes it itself")
+    members = [member for name in values.get("data", ["shapes"]) for member in data.members(name)]
+    combinations, used = {}, set(REPEATED)
+    for member, (variant, change) in itertools.product(members, variants.items()):
+        fixed = {"data": member, "method": "sa2vp", "seed": values.get("seed", [42])[0]} | change
+        own = [name for name in values if name in complete_settings(fixed) and name not in REPEATED]
+        used |= set(own)
+        choices = itertools.product(*(values[name] for name in own))
+        combinations[member, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in choices]
+    for name in values.keys() - used:
+        raise ValueError(f"{flag(name)} is no setting of {' or '.join(variants)}")
+    return combinations
+
+
+def train(flags):
+    """Every run that was asked for, one after another; several end with a table. Returns whether one could not run.
+
+    Where there are combinations, a search comes first: they are run with the first seed and do not read
+    test data, and only the one of highest validation accuracy is run with every seed and tested.
+    """
+    ablate, out = flags.pop("ablate", False), flags.pop("out", None)
+    values = {name: flags.pop(name) for name in SETTINGS if name in flags}
+    machine = choose_machine(flags)
+    refuse(flags, "training")
+    combinations, seeds, failures = list_combinations(values, ablate), values.get("seed", [42]), []
+    varied, kind = [name for name in values if len(values[name]) > 1], "variant" if ablate else "method"
+    out = out or Path("runs", run_name(values, ablate and "ablation"))
+
+    def attempt(variant, settings, test=True):
+        """The result of one of several runs, in its folder below `out`; None if it could not run."""
+        own = {name: [settings[name]] for name in ("data", *varied) if name in settings}
+        name = run_name(own, variant) + "-tune" * settings["tune"]
+        log(f"\n{name}")
         try:
-            image = show(data.open_picture(picture))[None].to(device)
-        except ValueError as error:
-            print(f"train.py: {sentence(error)}", file=sys.stderr)
-            failures += 1
-            continue
-        top = likeliest(model, image, meta["classes"], 5)[0]
-        if "json" in given:
-            entries = [{"class": name, "probability": probability} for name, probability in top]
-            say(json.dumps({"picture": str(picture), "top": entries}))
-        else:
-            say("\n".join([str(picture), *(f"  {probability:7.2%}  {name}" for name, probability in top)]))
-    if failures:
-        sys.exit(2)
+            return run(settings, out / name, machine, test)
+        except BAD_INPUT as error:
+            if WORLD > 1:  # the other processes are still in there
+                raise
+            failures.append(name)
+            print(f"train.py: {name} could not run: {one_line(error)}", file=sys.stderr)
+
+    if not varied and len(combinations) == 1:
+        ((settings,),) = combinations.values()
+        run(settings, out, machine)
+        return False
+    rows, scores = [], {}
+    for (member, variant), choices in combinations.items():
+        row, best, searched = data.find(member), choices[0], [None] * len(choices)
+        if len(choices) > 1:
+            searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
+            accuracies = [result["val_accuracy"] if result else -1 for result in searched]
+            best = choices[accuracies.index(max(accuracies))] if any(searched) else None
+        tested = [attempt(variant, best | {"seed": seed}) for seed in seeds if best]
+        scores[member, variant] = {result["seed"]: result["accuracy"] for result in tested if result}
+        for settings, result in zip(choices, searched):
+            results = [result] if result else [one for one in tested if one and settings is best]
+            rows.append({name: text(value) for name, value in settings.items()} | {
+                "data": row.name,
+                kind: variant,
+                "val_accuracy": mean(result["val_accuracy"] for result in results),
+                "trainable": results[0]["trainable"] if results else None,
+            } | spread(scores[member, variant] if settings is best else {}))  # fmt: skip
+    rows += group_rows(scores, seeds, kind)
+    columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
+    columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
+    rows = [{column: row.get(column) for column in columns} for row in rows]
+    save(out / "results.csv", rows)
+    log()
+    print_table(rows)
+    return bool(failures)
+
+
+def group_rows(scores, seeds, kind):
+    """Rows for the means of whole groups; `scores` is {(data set, variant): {seed: accuracy}}.
+
+    A group has a mean only if every member has every seed.
+    """
+    rows, scores = [], dict(scores)
+    variants = dict.fromkeys(variant for _, variant in scores)
+    for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
+        if all((part, variant) in scores for part in parts):
+            members = [scores[part, variant] for part in parts]
+            whole = all(score.keys() == set(seeds) for score in members)
+            scores[group, variant] = {seed: mean(score[seed] for score in members) for seed in seeds if whole}
+            published = data.PUBLISHED.get(variant, {}).get(group)
+            rows.append({"data": group, kind: variant, "published": published} | spread(scores[group, variant]))
+    return rows
+
+
+def mean(values):
+    """Their mean; None if there are none, or one is None."""
+    values = list(values)
+    return statistics.mean(values) if values and None not in values else None
+
+
+def spread(score):
+    """{seed: accuracy} -> mean and standard deviation, for a row of a table."""
+    return {"accuracy": mean(score.values()), "std": statistics.stdev(score.values()) if len(score) > 1 else None}
+
+
+def run_name(values, variant=None):
+    """A folder's name: data set, method (or variant) and whatever else was given, such as cub-sa2vp-lr0.005."""
+    values = {"data": ["shapes"], "method": ["sa2vp"]} | values
+    names = [name if name in data.GROUPS else data.find(name).name for name in values.pop("data")]
+    parts = ["+".join(names), variant or "+".join(values["method"])]
+    parts += [name + "+".join(map(text, values[name])) for name in values if name != "method"]
+    return "-".join(parts).replace("/", "-")
+
+
+# ---------------------------------------------------------------------- with a tuned model
+
+
+def evaluate_or_predict(flags):
+    """--eval prints the test accuracy of a checkpoint again, --predict the five likeliest classes of each picture.
+
+    With --show they draw what the model looks at. Returns whether a picture could not be read.
+    """
+    job = "predict" if "predict" in flags else "eval"
+    path, *pictures = flags.pop("predict") if job == "predict" else [flags.pop("eval")]
+    show, root, weights = flags.pop("show", None), flags.get("root"), pop_one(flags, "weights")
+    name = pop_one(flags, "data") if job == "eval" else None
+    machine, failed = choose_machine(flags), False
+    refuse(flags, flag(job))
+    model, meta = sa2vp.load(path, weights)
+    model.to(machine.device)
+    if job == "eval":
+        row = data.find(name or meta["settings"]["data"])
+        splits = data.load(row, root or meta["root"])
+        if splits.classes != meta["classes"] or not splits.test:
+            raise ValueError(f"{row.name} has no test pictures of the classes that {path} knows")
+        log(f"test {percent(*evaluate(model, make_loader(splits.test, meta, machine), machine))}")
+        some = np.linspace(0, len(splits.test) - 1, min(show or 0, len(splits.test))).round().astype(int)
+        samples = [splits.test[i] for i in some]
+    else:
+        if not pictures:
+            raise ValueError("--predict takes a checkpoint and then pictures or folders of them")
+        samples, transform = [], data.transform(**meta["input"])
+        for picture in data.find_pictures(pictures):
+            try:
+                image = transform(data.open_picture(picture))
+            except ValueError as error:
+                failed = True
+                print(f"train.py: {one_line(error)}", file=sys.stderr)
+                continue
+            log("\n  ".join([str(picture), *likeliest(model, image[None], meta["classes"], 5, machine)[0]]))
+            samples.append((picture, None))
+        samples = samples[:show] if show else []
+    if samples:
+        plain = vit.load_vit(weights or meta["settings"]["weights"], **meta["backbone"]).to(machine.device).eval()
+        save(path.with_name("show.png"), draw_page(model, plain, meta, samples, machine))
+        log(f"wrote {path.with_name('show.png')}")
+    return failed
 
 
 @torch.inference_mode()
-def likeliest(model, images, classes, count):
-    """For each image its `count` likeliest classes as (name, probability), the likeliest first."""
-    with autocast(images.device):
-        probabilities = model.predict(images).float().softmax(dim=1)
-    top = probabilities.topk(min(count, len(classes)))
-    return [[(classes[i], p) for p, i in zip(*row)] for row in zip(top.values.tolist(), top.indices.tolist())]
+def likeliest(model, images, classes, count, machine):
+    """For each image a line for each of its `count` likeliest classes, the likeliest first: "92.89%  below left"."""
+    with autocast(machine):
+        logits, *_ = model(images.to(machine.device))
+    top = logits.float().softmax(dim=1).topk(min(count, len(classes)))
+    rows = zip(top.values.tolist(), top.indices.tolist())
+    return [[f"{p:7.2%}  {classes[i]}" for p, i in zip(*row)] for row in rows]
 
 
-def sentence(error):
-    """What an error says, on one line; from a loader's worker it comes below that process's traceback."""
-    text = str(error).strip() or type(error).__name__
-    if text.startswith("Caught "):
-        text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
-    return " ".join(text.split())
+TILE, TITLE = 200, 64  # pixels
 
 
-# ---------------------------------------------------------------------- what a tuned model looks at
+@torch.inference_mode()
+def draw_page(model, plain, meta, samples, machine):
+    """--show: a PIL picture with a row for each sample (picture, label or None), and a title over each column.
 
-PAGE, HEAD, GAP = 1200, 56, 12  # pixels: the page's width, the height of its titles, what is between columns
-DARK_TO_BRIGHT = np.array([(10, 8, 40), (95, 20, 110), (190, 55, 85), (245, 140, 30), (252, 250, 170)])
+    Attention and change are orange over the picture, the brighter the more; the two attentions are on one scale.
+    """
+    transform = data.transform(**meta["input"])
+    images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(machine.device)
+    mean, std = (images.new_tensor(meta["input"][name])[:, None, None] for name in ("mean", "std"))
+    seen = (images * std + mean).clamp(0, 1)
+    attention = torch.stack([sa2vp.class_attention(network, images) for network in (plain, model)])
+    attention = (attention / attention.amax((0, 2, 3))[:, None, None]).sqrt()  # a few patches have most of it
+    columns = {
+        "picture, as the model sees it": seen,
+        "class token's attention, plain ViT (orange: most)": overlay(seen, attention[0]),
+        "class token's attention, tuned (orange: most)": overlay(seen, attention[1]),
+    }
+    if isinstance(model, sa2vp.SA2VP):
+        strength = sa2vp.prompting_strength(model, images)
+        strength = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)
+        columns["change by the prompts (orange: most)"] = overlay(seen, strength)
+        columns["prompt map, like prompts in like colours"] = principal_colours(model).expand(len(images), -1, -1, -1)
 
-
-def draw_page(model, plain, meta, samples):
-    """--show: a PIL picture 1200 pixels wide, a row for each sample: what it is, what the model looks at, its class."""
-    pictures = [data.open_picture(picture) for picture, _ in samples]
-    show = transform_for(meta)
-    images = torch.stack([show(picture) for picture in pictures]).to(next(model.parameters()).device)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (meta["mean"], meta["std"]))
-    overlays = look(model, plain, meta["method"], images)
-    titles = ["picture", *overlays, "predicted and true class"]
-    side = (PAGE - GAP) // len(titles) - GAP
-
-    tiles, predictions = [], likeliest(model, images, meta["classes"], 1)
-    for i, (picture, (_, label), ((predicted, probability),)) in enumerate(zip(pictures, samples, predictions)):
-        seen = to_pil_image((images[i].cpu() * std + mean).clamp(0, 1))
-        proportions = seen.size if meta["crop"] else picture.size  # squeezed for the model, but not for the eye
-        size = [max(1, round(side * pixels / max(proportions))) for pixels in proportions]
-        seen = seen.resize(size)
-        tiles.append(seen)
-        for colours, share in overlays.values():
-            colours = Image.fromarray(colours[i]).resize(size, Image.Resampling.NEAREST)  # patches stay squares
-            tiles.append(Image.blend(seen.convert("L").convert("RGB"), colours, share))
-        true = meta["classes"][label]
-        verdict = (predicted, "forestgreen" if predicted == true else "firebrick")
-        tiles.append(words(side, {f"predicted, {probability:.0%}": verdict, "true": (true, "black")}))
-
-    squares = [pil_to_tensor(ImageOps.pad(tile, (side, side), color="white")) for tile in tiles]
-    grid = to_pil_image(make_grid(squares, nrow=len(titles), padding=GAP, pad_value=255))
-    page = Image.new("RGB", (PAGE, HEAD + grid.height), "white")
-    page.paste(grid, (0, HEAD))
-    for column, title in enumerate(titles):
-        place, text = (GAP + column * (side + GAP) + side / 2, HEAD), textwrap.fill(title, side // 9)
-        ImageDraw.Draw(page).text(place, text, "black", ImageFont.load_default(17), anchor="md", align="center")
+    page = Image.new("RGB", (TILE * (len(columns) + 1), TITLE + TILE * len(samples)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    pen.text((len(columns) * TILE + 4, 4), "predicted and true class", "black", font)
+    for x, (title, tiles) in enumerate(columns.items()):
+        pen.text((x * TILE + 4, 4), textwrap.fill(title, 24), "black", font)
+        for y, tile in enumerate(F.interpolate(tiles, (TILE - 4, TILE - 4))):
+            page.paste(to_pil_image(tile.cpu()), (x * TILE, TITLE + y * TILE))
+    for y, ((_, label), (predicted,)) in enumerate(zip(samples, likeliest(model, images, meta["classes"], 1, machine))):
+        lines = ["predicted:", predicted] + (["true:", meta["classes"][label]] if label is not None else [])
+        wrapped = "\n".join(textwrap.fill(line.strip(), 22) for line in lines)
+        pen.text((len(columns) * TILE + 4, TITLE + y * TILE + 8), wrapped, "black", font)
     return page
 
 
-def look(model, plain, method, images):
-    """{title: (colours (B, h, w, 3), their share over the picture)}: what there is to see of a method.
-
-    That is what the class token attends to in the last layer, in the `plain` backbone and in the tuned
-    model, dark to bright by its square root, on one scale; and for SA2VP how much the prompts change
-    each patch, from the least to the most, and the prompt map, its principal components as colours.
-    """
-    states = {"linear": [""], "full": [" before tuning", " after tuning"]}
-    states = states.get(method, [" without prompts", " with prompts"])
-    attention = torch.stack([sa2vp.class_attention(network, images) for _, network in zip(states, (plain, model))])
-    attention = attention / attention.amax((0, 2, 3))[:, None, None].clamp(min=1e-12)
-    overlays = {f"attention{state}": (heat(values.sqrt()), 0.6) for state, values in zip(states, attention)}
-    if method == "sa2vp":
-        strength = sa2vp.prompting_strength(model, images)
-        strength = strength - strength.amin((1, 2), keepdim=True)
-        overlays["change by the prompts"] = heat(strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)), 0.6
-        colours = principal_colours(model.prompt_map()[0, 1:]).reshape(1, *model.prompt_grid, 3)
-        overlays["prompt map, the same for all"] = colours.repeat(len(images), axis=0), 1.0
-    return overlays
+def overlay(pictures, values):
+    """Pictures (batch, 3, height, width) under orange, the brighter the higher the values (batch, h, w), from 0 to 1."""
+    orange = pictures.new_tensor([1.0, 0.65, 0.1])[:, None, None]
+    return 0.3 * pictures + 0.7 * orange * F.interpolate(values[:, None], pictures.shape[-2:])
 
 
-def heat(values):
-    """Numbers from 0 to 1, of any shape, as colours from dark to bright: (..., 3), uint8."""
-    anchors = np.linspace(0, 1, len(DARK_TO_BRIGHT))
-    channels = [np.interp(values.cpu(), anchors, channel) for channel in DARK_TO_BRIGHT.T]
-    return np.stack(channels, axis=-1).astype(np.uint8)
-
-
-@torch.no_grad()
-def principal_colours(tokens):
-    """(N, d) -> (N, 3), uint8: the first three principal components, each from its least to its most."""
-    u, s, _ = torch.linalg.svd((tokens - tokens.mean(dim=0)).cpu(), full_matrices=False)
+def principal_colours(model):
+    """The first three principal components of the prompt map as red, green and blue, on one scale: (3, h', w')."""
+    tokens = model.prompt_map()[0, 1:]  # (h' w', d)
+    u, s, _ = torch.linalg.svd(tokens - tokens.mean(dim=0), full_matrices=False)
     components = F.pad(u * s, (0, 3))[:, :3]
-    components -= components.amin(dim=0)
-    spans = components.amax(dim=0)
-    components = components / spans.clamp(min=1e-3 * spans.max() + 1e-12)  # what is next to nothing stays dark
-    return (255 * components).round().byte().numpy()
-
-
-def words(side, entries):
-    """A square of text: {what it is: (a name, its colour)}."""
-    tile = Image.new("RGB", (side, side), "white")
-    pen, y = ImageDraw.Draw(tile), 8
-    for what, (name, colour) in entries.items():
-        lines = textwrap.wrap(name.replace("_", " "), side // 10, max_lines=3, placeholder="...")
-        for line, ink, size in [(what, "grey", 14), *((line, colour, 18) for line in lines)]:
-            pen.text((4, y), line, ink, ImageFont.load_default(size))
-            y += size + 4
-        y += 14
-    return tile
+    components = components - components.amin(dim=0)
+    return (components / components.max().clamp(min=1e-12)).T.unflatten(1, model.prompt_grid)
 
 
 # ---------------------------------------------------------------------- what a step costs
 
-BENCH_METHODS = {  # row of the table: (method, its options)
-    "linear": ("linear", {}),
-    "VPT-deep, 50 prompts": ("vpt", {}),
-    "full fine-tuning": ("full", {}),
-    "SA2VP": ("sa2vp", {"dropout": 0.0}),
-    "SA2VP, 7x7 prompt map": ("sa2vp", {"dropout": 0.0, "prompt_grid": (7, 7)}),
-    "SA2VP, dropout 0.1": ("sa2vp", {"dropout": 0.1}),
+BENCH = {  # row of the table: (method, its options); the frozen encoder has a linear head
+    "train: frozen encoder": ("linear", {}),
+    "train: linear": ("linear", {}),
+    "train: adapter": ("adapter", {"dropout": 0.0}),
+    "train: VPT-deep, 50 prompts": ("vpt", {}),
+    "train: full fine-tuning": ("full", {}),
+    "train: SA2VP": ("sa2vp", {"dropout": 0.0}),
+    "train: SA2VP, 7x7 prompt map": ("sa2vp", {"dropout": 0.0, "prompt_grid": (7, 7)}),
+    "train: SA2VP, dropout 0.1": ("sa2vp", {"dropout": 0.1}),
+    "predict: frozen encoder": ("linear", {}),
+    "predict: SA2VP": ("sa2vp", {}),
+    "predict: SA2VP, 7x7 prompt map": ("sa2vp", {"prompt_grid": (7, 7)}),
 }
-TRAINING, PREDICTION = "train: ", "predict: "
-BENCH_ROWS = [f"{TRAINING}{name}" for name in ("frozen encoder", *BENCH_METHODS)]
-BENCH_ROWS += [f"{PREDICTION}{name}" for name in ("plain encoder", "SA2VP", "SA2VP, 7x7 prompt map")]
 
 
-def bench_step(name, weights, batch_size, device, compiled):
+def make_step(name, weights, batch_size, machine):
     """A function that takes one step of a row of the table, on random images."""
-    torch.manual_seed(0)
-    vit = (load_vit(weights) if weights else VisionTransformer()).to(device).requires_grad_(False)
-    images = torch.randn(batch_size, 3, *vit.image_size, device=device)
-    labels = torch.randint(200, (batch_size,), device=device)
-    method, options = BENCH_METHODS.get(name.split(": ")[1], (None, {}))
-    model = sa2vp.METHODS[method](vit, 200, **options).to(device) if method else vit
-    wrap = partial(torch.compile, dynamic=False) if compiled else lambda function: function
-    model.train(name.startswith(TRAINING))
+    (method, options), training = BENCH[name], name.startswith("train")
+    backbone = vit.load_vit(weights) if weights else vit.VisionTransformer()
+    model = sa2vp.METHODS[method](backbone, 200, **options).to(machine.device).train(training)
+    if name == "train: frozen encoder":
+        backbone.pos_embed.requires_grad_()  # backward reaches the first layer's input
+    network, optimizer = torch.compile(model, dynamic=False) if machine.compile else model, make_optimizer(model, 1e-4)
+    images = torch.randn(batch_size, 3, *backbone.image_size, device=machine.device)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=machine.device)
 
-    if name.startswith(PREDICTION):
-        predict = wrap(model.predict if method else model)
-
-        @torch.inference_mode()
-        def step():
-            with autocast(device):
-                predict(images)
-
-    elif method is None:  # forward, and backward to the input of the first layer
-
-        @wrap
-        def encode(tokens):
-            for block in vit.blocks:
-                tokens = block(tokens)
-            return vit.norm(tokens[:, 0])
-
-        def step():
-            with autocast(device):
-                encode(vit.embed(images).requires_grad_()).sum().backward()
-
-    else:
-        network, optimizer = wrap(model), make_optimizer(model, 1e-4)
-
-        def step():
-            with autocast(device):
-                loss = sa2vp.two_pathway_loss(network(images), labels)
+    def step():
+        with torch.set_grad_enabled(training), autocast(machine):
+            loss = sa2vp.two_pathway_loss(network(images), labels)
+        if training:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -840,108 +634,182 @@ def bench_step(name, weights, batch_size, device, compiled):
     return step
 
 
-def bench_memory(*row):
-    """The peak memory of two steps of a row, in MB: the allocator's on CUDA, else this process's own."""
-    step, device = bench_step(*row), row[3]
-    step(), step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not there on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def bench(given, root, workers, device, compiled, rounds=7):
-    """--bench: time per image and peak memory of a step, ViT-B/16 at 224, each beside the frozen encoder's.
+def bench(flags, rounds=7):
+    """--bench: time per image of a step, and on CUDA its peak memory, each beside the frozen encoder's.
 
     The rows take turns, so that a noisy machine is noisy for all of them: a row's ratio is the median of
-    its ratios to the first row in the same round.
+    its ratios to the encoder's in the same round.
     """
-    batch_size = given.get("batch_size", 64 if device.type == "cuda" else 8)
-    common = (given.get("weights"), batch_size, device, compiled)
-    vit = load_vit(given["weights"]) if "weights" in given else VisionTransformer()  # says so if it cannot be read
-    peaks = {}
-    for name in BENCH_ROWS:  # each in a process of its own, whose peak is the row's
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            peaks[name] = process.submit(bench_memory, name, *common).result()
+    flags.pop("bench")
+    weights, batch_size = pop_one(flags, "weights"), pop_one(flags, "batch_size")
+    machine = choose_machine(flags)
+    refuse(flags, "--bench")
+    cuda, steps, peaks, times = machine.device.type == "cuda", {}, {}, {name: [] for name in BENCH}
+    batch_size, repeats = batch_size or (64 if cuda else 8), 10 if cuda else 1  # a GPU's step is too short to time
+    torch.compiler.reset()
+    for name in BENCH:
+        before = torch.cuda.memory_allocated() if cuda else 0
+        steps[name] = make_step(name, weights, batch_size, machine)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):  # warms up
+            steps[name]()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+    for _, name in itertools.product(progress(range(rounds), "rounds"), BENCH):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            steps[name]()
+        if cuda:
+            torch.cuda.synchronize()
+        times[name].append((time.perf_counter() - start) / repeats)
 
-    times = {name: [] for name in BENCH_ROWS}
-    steps = {name: bench_step(name, *common) for name in BENCH_ROWS}
-    for number in tqdm(range(1 + rounds), "rounds", leave=False, disable=None):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name] += [time.perf_counter() - start] if number else []  # the first round warms up
-
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    precision = ("bfloat16" if device.type == "cuda" else "float32") + (", compiled" if compiled else "")
-    say(f"ViT of width {vit.dim} and {len(vit.blocks)} layers at {vit.image_size[0]}, batch {batch_size}, {kind}, "
-        f"{precision}, PyTorch {torch.__version__}; medians of {rounds} rounds")  # fmt: skip
     rows = []
-    for name in BENCH_ROWS:
-        first = next(row for row in BENCH_ROWS if row.split(":")[0] == name.split(":")[0])
-        rows.append({
-            "step": name,
-            "ms per image": 1000 * statistics.median(times[name]) / batch_size,
-            "time ratio": statistics.median(mine / firsts for mine, firsts in zip(times[name], times[first])),
-            "peak MB": round(peaks[name]),
-            "memory ratio": peaks[name] / peaks[first],
-        })  # fmt: skip
+    for name in BENCH:
+        encoder = f"{name.split(':')[0]}: frozen encoder"
+        ratios = [mine / theirs for mine, theirs in zip(times[name], times[encoder])]
+        row = {"step": name, "ms per image": 1000 * statistics.median(times[name]) / batch_size}
+        rows.append(row | {"time ratio": statistics.median(ratios)})
+        if cuda:
+            rows[-1] |= {"peak MB": round(peaks[name]), "memory ratio": peaks[name] / peaks[encoder]}
+    kind = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    log(f"batch {batch_size}, {kind}, {machine.dtype}{', compiled' if machine.compile else ''}, PyTorch "
+        f"{torch.__version__}; medians of {rounds} rounds")  # fmt: skip
     print_table(rows)
 
 
-# ---------------------------------------------------------------------- files
+# ---------------------------------------------------------------------- files and what is printed
 
 
-def save_whole(path, write):
-    """Has `write(file)` fill a file that is there whole or, whatever happens meanwhile, as it was before.
+def save(path, content):
+    """Writes a .pt, .png, .json or .csv file. It is there whole or, whatever happens meanwhile, as it was before.
 
     Of several processes the first writes, and the others wait for it.
     """
-    if rank() == 0:
+    if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         with open(part, "wb") as file:
-            write(file)
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            elif path.suffix == ".png":
+                content.save(file, format="png")
+            else:
+                file.write((to_csv(content) if path.suffix == ".csv" else json.dumps(content, indent=2)).encode())
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.barrier()
 
 
-def save_checkpoint(path, model, meta, **more):
-    """Writes a best.pt or last.pt: `meta`, `more`, and what tells the model from its backbone."""
-    trained = {name: tensor.detach().cpu() for name, tensor in sa2vp.saved_parameters(model).items()}
-    save_whole(path, partial(torch.save, {**meta, **more, "trained": trained}))
+def to_csv(rows):
+    """Rows (dicts of the same keys) as CSV."""
+    content = io.StringIO()
+    writer = csv.DictWriter(content, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return content.getvalue()
 
 
-def save_table(path, rows):
-    """Writes rows (dicts of the same keys) as CSV."""
+def print_table(rows):
+    """Prints rows (dicts of the same keys) in columns as wide as they need; "-" where there is nothing."""
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append(["-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else text(cell)
+                      for cell in row.values()])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        log("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
-    def write(file):
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()  # flushes
 
-    save_whole(path, write)
+def print_known(flags):
+    """--list: the data sets with SA2VP's settings for them, and the backbones."""
+    flags.pop("list")
+    refuse(flags, "--list")
+    columns = ("name", "classes", "crop", "inner_dim", "scale", "batch_size", "fusion_layers", "source")
+    print_table([{column: text(getattr(row, column)) for column in columns} for row in data.ROWS])
+    log()
+    print_table([{"weights": name, "normalize": known[-1], "source": known[0]} for name, known in vit.BACKBONES.items()])
+
+
+def text(value):
+    """A setting's value as it is given on the command line."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
+
+
+def percent(base, prompt):
+    """Both pathways' accuracies in words; "-" where there is none."""
+    return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
+
+
+def progress(items, description):
+    """A progress bar, on a terminal, of the first process."""
+    return tqdm(items, description, leave=False, disable=True if RANK else None)
+
+
+def log(message=""):
+    """Prints, once for all processes."""
+    if RANK == 0:
+        print(message, flush=True)
+
+
+def one_line(error):
+    """What an error says, on one line; from a loader's worker it comes below that process's traceback."""
+    message = str(error).strip() or type(error).__name__
+    if message.startswith("Caught "):
+        message = message.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    return textwrap.shorten(message, 400, placeholder=" ...")
+
+
+# ---------------------------------------------------------------------- devices and processes
+
+
+def choose_machine(flags):
+    """The machine, from the flags, which are taken out; under torchrun the processes are connected here."""
+    gpu, cpu = flags.pop("gpu", None), flags.pop("cpu", False)
+    gpus = 0 if cpu else torch.cuda.device_count()
+    if "LOCAL_RANK" in os.environ:
+        if gpu is not None:
+            raise ValueError("torchrun gives every process its own GPU: leave out --gpu")
+        gpu = LOCAL_RANK if gpus else None
+    if gpu is not None and gpu >= gpus:
+        raise ValueError(f"there is no GPU {gpu}: PyTorch sees {gpus}; leave out --gpu, or take --cpu")
+    device, dtype = torch.device("mps" if torch.backends.mps.is_available() and not cpu else "cpu"), torch.float32
+    if gpus:
+        device = torch.device("cuda", gpu or 0)
+        torch.cuda.set_device(device)
+        # Older GPUs only emulate bfloat16, many times slower.
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = flags.pop("workers", min(16, max(1, cpus // LOCAL_WORLD)))
+    return Machine(device, dtype, workers, flags.pop("compile", False), flags.pop("root", Path("data")))
+
+
+def first_on_each_machine(read):
+    """What `read()` returns; on each machine the first process calls it before the others, so that it downloads."""
+    if WORLD == 1:
+        return read()
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # a download takes longer than a step
+    if LOCAL_RANK > 0:
+        dist.barrier(waiting)
+    result = read()
+    if LOCAL_RANK == 0:
+        dist.barrier(waiting)
+    return result
+
+
+def summed(tensor):
+    """The tensor, summed over all processes."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # ---------------------------------------------------------------------- the command line
-
-
-def check_parts(given):
-    """ValueError for a flag that has no part in what is asked for."""
-    for asked, parts in PARTS.items():
-        for name in given.keys() - {asked, "gpu", "cpu", *parts} if asked in given else ():
-            raise ValueError(f"--{name.replace('_', '-')} has no part in --{asked}")
-    for name, asked in ("show", "eval"), ("json", "predict"):
-        if name in given and asked not in given:
-            raise ValueError(f"--{name} goes with --{asked}")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -952,104 +820,134 @@ class CommandLine(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def value(read, what, fits):
-    """A type for argparse: how a text is `read`, and if that `fits`; else the message says `what` it has to be."""
+def number(kind, low, high=math.inf):
+    """A type for argparse: a number from `low` to below `high`."""
 
-    def parse(text):
-        try:
-            if fits(found := read(text)):
-                return found
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    def number(value):
+        if not low <= kind(value) < high:
+            raise argparse.ArgumentTypeError(f"{value} is not from {low} to below {high}")
+        return kind(value)
 
-    return parse
+    return number
 
 
-def numbers(text, between):
-    """Whole numbers, and what stands `between` them; "none" is no number."""
-    return () if text == "none" else tuple(map(int, text.split(between)))
+def layers(value):
+    """A type for argparse: "0,4,8" or "none"."""
+    return () if value == "none" else tuple(map(int, value.split(",")))
+
+
+def grid(value):
+    """A type for argparse: "7x7" or "half"."""
+    height, width = (1, 1) if value == "half" else map(number(int, 1, 100), value.split("x"))
+    return value if value == "half" else (height, width)
+
+
+def window(value):
+    """A type for argparse: "3" or "none"."""
+    return None if value == "none" else int(value)
+
+
+COUNT, NATURAL = number(int, 1, 10_001), number(int, 0, 2**32)
+SETTINGS = {  # flags that are settings of a run: (type, what --help says); the defaults are in `complete_settings`
+    "data": (str, f"names from --list, groups ({', '.join(data.GROUPS)}) or folders; default shapes"),
+    "method": (str, f"{', '.join(sa2vp.METHODS)}; default sa2vp"),
+    "seed": (NATURAL, "default 42"),
+    "weights": (str, f"the backbone: a file, or {', '.join(vit.BACKBONES)}; default imagenet21k"),
+    "heads": (COUNT, "of the backbone; default as the file says, else width / 64"),
+    "normalize": (str, f"of the backbone's input: {', '.join(vit.NORMALIZE)}; default as the backbone's kind expects"),
+    "image_size": (COUNT, "pixels, a multiple of the patch size; default 224"),
+    "epochs": (COUNT, "default 100"),
+    "warmup_epochs": (NATURAL, "default a tenth of the epochs"),
+    "batch_size": (COUNT, "default the data set's"),
+    "lr": (number(float, 1e-12), "peak learning rate; default the method's"),
+    "weight_decay": (number(float, 0), "default 1e-4"),
+    "inner_dim": (COUNT, "r, of prompt maps and adapters; default the data set's"),
+    "scale": (number(float, 0), "s, the weight of a message; default the data set's"),
+    "dropout": (number(float, 0, 1), "default 0.1"),
+    "window": (window, "side of the aligned neighbourhood, odd, or none; default 3"),
+    "prompt_grid": (grid, "size of the prompt map such as 7x7, or half; default the image's grid"),
+    "distill_layers": (layers, "D such as 0,4,8, or none; default every fourth layer"),
+    "fusion_layers": (layers, "F, a subset of D, or none; default D without 0"),
+}
+CHOICES = {"method": list(sa2vp.METHODS), "normalize": list(vit.NORMALIZE)}
+REPEATED = ("data", "method", "seed")  # whose values are not searched for the best
+
+
+def flag(name):
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def command_line():
-    """The parser. Settings that are not given stay away, for the data set's row and the recipe to fill in."""
-    count = value(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10_000)
-    few = value(int, "a whole number from 1 to 100", lambda n: 1 <= n <= 100)
-    workers = value(int, "a whole number from 0 to 100", lambda n: 0 <= n <= 100)
-    natural = value(int, "a whole number from 0 to 4294967295", lambda n: 0 <= n < 2**32)
-    positive = value(float, "a number above 0", lambda x: 0 < x < math.inf)
-    weight = value(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
-    share = value(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-    layers = value(partial(numbers, between=","), "a list of layers such as 0,4,8, or none",
-                   lambda found: all(i >= 0 for i in found))  # fmt: skip
-    grid = value(lambda text: text if text == "half" else numbers(text, "x"), "a height and width such as 7x7, or half",
-                 lambda found: found == "half" or len(found) == 2 and 0 < min(found) <= max(found) < 100)  # fmt: skip
-    window = value(lambda text: None if text == "none" else int(text), "an odd number such as 3, or none",
-                   lambda side: side is None or 0 < side < 10_000 and side % 2)  # fmt: skip
-
-    line = CommandLine(
-        prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    add = line.add_argument
-    groups = ", ".join(data.GROUPS)
-    add("--data", metavar="NAME|PATH", help=f"a name from --list, a group ({groups}), or a folder; default shapes")
-    add("--root", metavar="PATH", type=Path, help="where data sets are kept; default data")
-    add("--weights", metavar="imagenet21k|PATH", help="the backbone's; default imagenet21k, for shapes its own")
-    device = line.add_mutually_exclusive_group()
-    device.add_argument("--gpu", type=natural, metavar="N", help="this GPU; default the best device there is")
-    device.add_argument("--cpu", action="store_true")
-    add("--method", choices=list(sa2vp.METHODS), help="default sa2vp")
-    add("--epochs", type=count)
-    add("--batch-size", type=count)
-    add("--lr", type=positive, help="peak learning rate; each method has its own default")
-    add("--weight-decay", type=weight)
-    add("--warmup-epochs", type=natural, help="default a tenth of the epochs")
-    add("--inner-dim", type=count, help="r, of prompt maps and adapters")
-    add("--scale", type=weight, help="s, the weight of a prompting message")
-    add("--dropout", type=share)
-    add("--window", type=window, metavar="3|none", help="side of the aligned neighbourhood")
-    add("--prompt-grid", type=grid, metavar="7x7|half", help="size of the prompt map; default the image's grid")
-    add("--distill-layers", type=layers, metavar="0,4,8|none", help="D; default every fourth")
-    add("--fusion-layers", type=layers, metavar="4,8|none", help="F, a subset of D; default D without 0")
-    add("--freeze-adapters", action="store_true", help="leave the adapters as they were drawn")
-    seed = line.add_mutually_exclusive_group()
-    seed.add_argument("--seed", type=natural, help="default 42")
-    seed.add_argument("--seeds", type=natural, nargs="+", metavar="N", help="repeat with each: mean and deviation")
-    add("--tune", action="store_true", help="VTAB-1k: train on train800, report val200, leave the test data alone")
-    add("--workers", type=workers, help="processes that load pictures")
-    add("--out", type=Path, metavar="PATH", help="the run's folder; default the next free runs/<data>-<method>")
+    """The parser. What is not given stays away."""
+    parser = CommandLine(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument_group("settings of a run, each with one value or several").add_argument
+    for name, (kind, description) in SETTINGS.items():
+        add(flag(name), type=kind, nargs="+", metavar="X", help=description, choices=CHOICES.get(name))
+    add = parser.add_argument_group("where and how").add_argument
+    add("--out", type=Path, metavar="PATH", help="a run's folder, or that of several; default runs/<what was given>")
+    add("--root", type=Path, metavar="PATH", help="where data sets are kept; default data")
+    add("--gpu", type=NATURAL, metavar="N", help="this GPU; default the best device there is")
+    add("--cpu", action="store_true", help="no GPU")
+    add("--workers", type=number(int, 0, 101), metavar="N", help="processes that load pictures; default one for a CPU")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
-    add = line.add_argument_group("instead of one run").add_mutually_exclusive_group().add_argument
-    add("--list", action="store_true", help="print the data sets and their settings")
-    add("--ablate", action="store_true", help="run the paper's ablations, one after another, and print their table")
-    add("--bench", action="store_true", help="print what a step costs beside the frozen encoder; writes nothing")
+    add("--show", type=number(int, 1, 101), metavar="N", help="with --eval, --predict: draw what it looks at, show.png")
+    add = parser.add_argument_group("instead of plain training").add_mutually_exclusive_group().add_argument
+    add("--ablate", action="store_true", help="train SA2VP and its ablations")
+    add("--list", action="store_true", help="print the data sets and the backbones that are known by name")
+    add("--bench", action="store_true", help="print what a step costs beside the frozen encoder's; writes nothing")
     add("--eval", type=Path, metavar="CHECKPOINT", help="print the test accuracy of a best.pt again")
-    add("--predict", type=Path, nargs="+", metavar=("CHECKPOINT", "PICTURE"),
-        help="print the five likeliest classes of each picture; of a folder, of all pictures in it")  # fmt: skip
-    add = line.add_argument_group("with those").add_argument
-    add("--show", type=few, metavar="N", help="with --eval: draw what the model sees in N test pictures, show.png")
-    add("--json", action="store_true", help="with --predict: print a JSON object per picture")
-    return line
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="a best.pt and pictures or folders: print their classes")
+    return parser
 
 
-def choose_device(gpu, cpu):
-    """This process's device. Under torchrun, every process takes its own GPU, and they are connected here."""
-    gpus = 0 if cpu else torch.cuda.device_count()
-    if "LOCAL_RANK" in os.environ:
-        if gpu is not None:
-            raise ValueError("torchrun gives every process its own GPU: leave out --gpu")
-        gpu = int(os.environ["LOCAL_RANK"]) if gpus else None
-    if gpu is not None and gpu >= gpus:
-        raise ValueError(f"there is no GPU {gpu}: PyTorch sees {gpus}; leave out --gpu, or take --cpu")
-    if gpus:
-        torch.cuda.set_device(gpu or 0)
-    if "LOCAL_RANK" in os.environ:
-        # The others wait while the first process downloads: longer than the default ten minutes.
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=12))
-    if gpus:
-        return torch.device("cuda", gpu or 0)
-    return torch.device("mps" if torch.backends.mps.is_available() and not cpu else "cpu")
+def pop_one(flags, name):
+    """Takes out the value of a setting, None if it was not given; ValueError if there are several."""
+    values = flags.pop(name, [None])
+    if len(values) > 1:
+        raise ValueError(f"{flag(name)} takes one value here")
+    return values[0]
+
+
+def refuse(flags, job):
+    """ValueError for a flag that is left over, because it has no part in the job."""
+    for name in flags:
+        raise ValueError(f"{flag(name)} has no part in {job}")
+
+
+JOBS = {"list": print_known, "bench": bench, "eval": evaluate_or_predict, "predict": evaluate_or_predict}
+
+
+def main(argv=None):
+    """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        flags = vars(command_line().parse_args(argv))
+        failed = next((job for name, job in JOBS.items() if name in flags), train)(flags)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        command = f"torchrun --nproc_per_node={LOCAL_WORLD}" if WORLD > 1 else "python"
+        message = f"interrupted; the same command goes on: {command} train.py {shlex.join(argv)}"
+        leave(130, message if RANK == 0 else "")
+    except BAD_INPUT as error:
+        leave(2, f"train.py: {one_line(error)}")
+    except Exception:
+        if WORLD == 1:
+            raise
+        leave(2, traceback.format_exc())
+    if failed:
+        sys.exit(2)
+
+
+def leave(code, message):
+    """Exits with a message. One of several processes does so at once, without waiting for the others: torchrun ends them."""
+    print(message, file=sys.stderr, end="\n" if message else "", flush=True)
+    if WORLD > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
