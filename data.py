@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,6 @@ class DataSet:
     dropout: float = 0.1
     epochs: int = 100
     weights: str | None = "imagenet21k"  # the backbone; None is a small ViT, trained from scratch
-    heads: int | None = None  # of that backbone, where its file does not tell
     image_size: int = 224
     crop: bool = False  # FGVC's transforms: random crop and flip; else the whole picture, squeezed, always the same
     vtab: bool = False  # VTAB-1k's protocol: trained on all labelled pictures, tested after the last epoch
@@ -107,25 +107,24 @@ def class_folders(row, root, tune, folder):
     classes, index = find_classes(folder / "train")
     splits = {}
     for split in ("train", "val", "test"):
-        inside = {path.name for path in (folder / split).glob("*/")}
+        inside = {path.name for path in (folder / split).glob("*") if path.is_dir()}
         if unknown := inside - set(classes):
             raise DataError(f"{folder / split} has class {min(unknown)!r}, which {folder / 'train'} has not")
         found = make_dataset(folder / split, index, IMG_EXTENSIONS, allow_empty=split != "train") if inside else []
-        splits[split] = as_paths(found)
+        splits[split] = [(Path(path), label) for path, label in found]
     if splits["val"]:
         return Splits(*splits.values(), classes, "its own folders")
     train, val = hold_out(splits["train"], share=0.1)
     return Splits(train, val, splits["test"], classes, "its own folders, a tenth of train held out for validation")
 
 
-def fgvc(row, root, tune, folder, pictures, below, splits, md5, archive=True, archive_md5=None):
+def fgvc(row, root, tune, folder, pictures, below, splits, md5, archive_md5=None):
     """One of FGVC's five sets: a folder of `pictures`, and train.json, val.json and test.json as published with VPT.
 
     Those hold {path below `below`: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
     folder = root / folder
-    unpack = partial(download_and_extract_archive, row.source, md5=archive_md5)
-    fetch(folder / pictures, row.source, unpack if archive else None, inside=f"**/{pictures}")
+    fetch(folder / pictures, row.source, unpack(row, archive_md5), inside=f"**/{pictures}")
     listed = []
     for split, checksum in zip(("train", "val", "test"), md5):
         url = f"{FGVC_SPLITS}/{splits}/{split}.json"
@@ -148,8 +147,7 @@ def fgvc(row, root, tune, folder, pictures, below, splits, md5, archive=True, ar
 
 def vtab(row, root, tune):
     """VTAB-1k as its users packed it: lists of "path label", with 800 + 200 pictures to train on."""
-    unpack = partial(download_and_extract_archive, row.source)
-    fetch(root / "vtab-1k", row.source, unpack, inside="vtab-1k")
+    fetch(root / "vtab-1k", row.source, unpack(row), inside="vtab-1k")
     folder = root / row.name.replace("vtab", "vtab-1k")
 
     def listed(name):
@@ -164,42 +162,25 @@ def vtab(row, root, tune):
 
 def from_torchvision(row, root, tune, kind, on_disk, splits=("train", "test")):
     """A data set that torchvision knows; `on_disk` is what it makes below root, `kind` its class there."""
-    if kind == "SVHN":
-        try:
-            import scipy.io  # noqa: F401
-        except ImportError:
-            raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy") from None
+    if kind == "SVHN" and not find_spec("scipy"):
+        raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy")
 
     def read(split, root, **options):
         which = {"train": split == "train"} if "CIFAR" in kind else {"split": split}
         return getattr(torchvision.datasets, kind)(root, **which, **options)
 
     fetch(root / on_disk, row.source, lambda part: [read(split, part, download=True) for split in splits])
+    loader = {"loader": Path} if kind in ("DTD", "Food101") else {}  # too large to be read as pictures here
     try:
-        parts = [read(split, root) for split in splits]
+        parts = [read(split, root, **loader) for split in splits]
     except RuntimeError as error:
         raise FileNotFoundError(f"{row.name} below {root} is not whole ({error}); it comes from {row.source}") from None
-    classes = list(getattr(parts[0], "classes", None) or [f"class {label}" for label in range(row.classes)])
-    samples = [torchvision_samples(part) for part in parts]
+    classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
+    samples = [[(x if loader else np.asarray(x), int(label)) for x, label in part] for part in parts]
     if len(splits) == 3:
         return Splits(*samples, classes, "official split")
     train, val = hold_out(samples[0], share=0.2)
     return Splits(train, val, samples[1], classes, "official split, a fifth of train held out for validation")
-
-
-def torchvision_samples(part):
-    """The samples of a torchvision data set, which keeps its lists in one of three ways."""
-    if hasattr(part, "_samples"):
-        return as_paths(part._samples)
-    if hasattr(part, "_image_files"):
-        return as_paths(zip(part._image_files, part._labels))
-    pictures = part.data if part.data.shape[-1] == 3 else part.data.transpose(0, 2, 3, 1)  # SVHN has (N, 3, H, W)
-    return list(zip(pictures, map(int, getattr(part, "targets", None) or part.labels)))
-
-
-def as_paths(samples):
-    """[(name of a file, label), ...] with Path and int."""
-    return [(Path(path), int(label)) for path, label in samples]
 
 
 def hold_out(samples, share):
@@ -211,6 +192,12 @@ def hold_out(samples, share):
         count = max(1, round(share * len(members))) if len(members) > 1 else 0
         held[rng.permutation(members)[:count]] = True
     return [[sample for sample, out in zip(samples, held) if out == side] for side in (False, True)]
+
+
+def unpack(row, md5=None):
+    """The `download` of `fetch` for a row whose source is an archive, and None for another."""
+    archive = row.source.endswith((".tgz", ".tar", ".zip"))
+    return partial(download_and_extract_archive, row.source, md5=md5) if archive else None
 
 
 def fetch(path, source, download=None, inside="*"):
@@ -240,9 +227,9 @@ def fetch(path, source, download=None, inside="*"):
 # ---------------------------------------------------------------------- pictures drawn by the program
 
 COLOURS = {"red": (220, 50, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (230, 200, 50)}
-SHAPES = ("disc", "ring", "square", "cross")
-DIRECTIONS = ("right", "below right", "below", "below left", "left", "above left", "above", "above right")
+SHAPES = {"triangle": 3, "square": 4, "disc": 30}  # sides
 KINDS = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
+DIRECTIONS = ("right", "below right", "below", "below left", "left", "above left", "above", "above right")
 SIDE = 48  # pixels
 
 
@@ -250,25 +237,15 @@ def draw(rng, *things):
     """A noisy grey picture (48, 48, 3) with things on it: (shape, colour, x, y, radius), in pixels."""
     background = rng.integers(100, 156) + rng.normal(0, 12, (SIDE, SIDE, 3))
     picture = Image.fromarray(background.clip(0, 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
-    for shape, colour, x, y, r in things:
-        colour, box = COLOURS[colour], (x - r, y - r, x + r, y + r)
-        if shape == "disc":
-            pen.ellipse(box, fill=colour)
-        elif shape == "ring":
-            pen.ellipse(box, outline=colour, width=3)
-        elif shape == "square":
-            pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=colour)
-        else:
-            pen.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=colour)
-            pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill=colour)
+    for shape, colour, *circle in things:
+        ImageDraw.Draw(picture).regular_polygon(circle, SHAPES[shape], fill=COLOURS[colour])
     return np.asarray(picture)
 
 
 def what_and_which_colour(rng, label):
     """A picture of the source task: one thing anywhere; its shape and colour are the class."""
-    (colour, shape), r = KINDS[label].split(), rng.uniform(6, 9)
-    return draw(rng, (shape, colour, *rng.uniform(r, SIDE - r, 2), r))
+    (colour, shape), radius = KINDS[label].split(), rng.uniform(6, 9)
+    return draw(rng, (shape, colour, *rng.uniform(radius, SIDE - radius, 2), radius))
 
 
 def where_is_blue(rng, label):
@@ -282,7 +259,8 @@ def where_is_blue(rng, label):
         off = (math.degrees(math.atan2(dy, dx)) - 45 * label + 180) % 360 - 180
         if math.hypot(dx, dy) > 18 and abs(off) < 17.5:
             break
-    return draw(rng, *((rng.choice(SHAPES), c, *at, rng.uniform(5, 8)) for c, at in (("red", red), ("blue", blue))))
+    shapes, radii = rng.choice([*SHAPES], 2), rng.uniform(5, 8, 2)
+    return draw(rng, (shapes[0], "red", *red, radii[0]), (shapes[1], "blue", *blue, radii[1]))
 
 
 def drawn(row, root, tune, picture, classes, counts):
@@ -392,7 +370,6 @@ CUB = one_of_fgvc(
 NABIRDS = one_of_fgvc(
     "nabirds", "images", "images", "https://dl.allaboutbirds.org/nabirds", "nabirds",
     "3835cf47e4617721556316d3b9f79db8", "5f6e32ed373af37be26f5c7d5f9632d9", "77f59e1fc2becded3c11b8a4bde70018",
-    archive=False,
 )  # fmt: skip
 FLOWERS = one_of_fgvc(
     "flowers-102", "jpg", "", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "oxfordflowers",
@@ -406,7 +383,6 @@ DOGS = one_of_fgvc(
 CARS = one_of_fgvc(
     "stanford_cars", "cars_train", "", f"{MIRROR}/FGVC", "stanfordcars",
     "bde33e7dba5c6885bd4bbe44b49c036c", "db39ee040d9d38f7d929508f0b4cedb7", "8a5e55b4d0d7bde3551fa80a0f5505d7",
-    archive=False,
 )  # fmt: skip
 VTAB = vtab, f"{MIRROR}/VTAB-1k/resolve/main/vtab-1k.zip"
 CIFAR10 = known("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar.html")
@@ -416,7 +392,7 @@ FOOD101 = known("Food101", "food-101", "http://data.vision.ee.ethz.ch/cvl/food-1
 GTSRB = known("GTSRB", "gtsrb", "https://benchmark.ini.rub.de/gtsrb_dataset.html")
 SVHN = known("SVHN", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers")
 TARGET = partial(drawn, picture=where_is_blue, classes=DIRECTIONS, counts=(1000, 400, 1000)), "drawn by the program"
-SOURCE = partial(drawn, picture=what_and_which_colour, classes=KINDS, counts=(8000, 400, 400)), "drawn by the program"
+SOURCE = partial(drawn, picture=what_and_which_colour, classes=KINDS, counts=(7200, 360, 360)), "drawn by the program"
 TARGET_LR = {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "linear": 1e-2, "full": 1e-3}  # searched on validation data
 
 FGVC = dict(crop=True)
@@ -460,8 +436,8 @@ ROWS = (
     DataSet("hta/gtsrb",                43, *GTSRB,    64, 0.1),
     DataSet("hta/svhn",                 10, *SVHN,     64, 0.1),
     DataSet("shapes",                    8, *TARGET,   16, 1.0, 32, TARGET_LR, dropout=0.0, epochs=30,
-            weights="runs/shapes-vit/vit.pt", heads=4, image_size=SIDE),
-    DataSet("shapes-source",            16, *SOURCE,   16, 1.0, weights=None, image_size=SIDE),
+            weights="runs/shapes-vit/vit.pt", image_size=SIDE),
+    DataSet("shapes-source",            12, *SOURCE,   16, 1.0, weights=None, image_size=SIDE),
 )  # fmt: skip
 TABLE = {row.name: row for row in ROWS}
 

@@ -22,6 +22,7 @@ P_0 and the MLPs inside T_i have dropout too.
 """
 
 import hashlib
+import inspect
 import math
 
 import torch
@@ -31,7 +32,7 @@ from vit import interpolate_positions, load_vit
 
 
 class PromptMap(nn.Module):
-    """The prompt map, Eq. (2) without E_pos: p W + b. It is low rank, and has a class token of its own.
+    """The prompt map, Eq. (2) without E_pos: p W + b, () -> (1, 1 + h' w', d). It has a class token of its own.
 
     Entry (y, x) of the map belongs to the patch at the same place. p is (1, 1 + h' w', r), W is r -> d.
     """
@@ -45,7 +46,6 @@ class PromptMap(nn.Module):
         nn.init.normal_(self.proj.bias, std=1e-6)
 
     def forward(self):
-        """() -> (1, 1 + h' w', d)."""
         return self.proj(self.tokens)
 
 
@@ -92,7 +92,7 @@ class SpatiallyAlignedCrossAttention(nn.Module):
 
 
 class PromptAdapter(nn.Module):
-    """The prompt adapter, Eq. (4): A_i(Z), d -> r -> d with a LayerNorm of its own and no residual."""
+    """The prompt adapter, Eq. (4): A_i(Z), (batch, tokens, d) -> the same, by way of r. It has no residual."""
 
     def __init__(self, dim, inner_dim, dropout):
         super().__init__()
@@ -105,7 +105,6 @@ class PromptAdapter(nn.Module):
             nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, z):
-        """(batch, tokens, d) -> (batch, tokens, d)."""
         return self.drop(self.up(self.drop(nn.functional.gelu(self.down(self.norm(z))))))
 
 
@@ -134,14 +133,14 @@ class BilateralInteraction(nn.Module):
     `last` layer.
     """
 
-    def __init__(self, grid, prompt_grid, dim, inner_dim, scale, dropout, window, distills, fuses, last):
+    def __init__(self, vit, prompt_grid, inner_dim, scale, dropout, window, distills, fuses, last):
         super().__init__()
-        grids = (prompt_grid, grid) if distills else (grid, prompt_grid)  # of X, which asks, and Y, which answers
+        grids = (prompt_grid, vit.grid) if distills else (vit.grid, prompt_grid)  # of X, which asks, and Y, which answers
         # In the last layer only the class token asks, and it attends to all.
         mask = None if window is None or last else aligned_neighbourhood(*grids, window)
         self.cross_attention = SpatiallyAlignedCrossAttention(mask, dropout)
-        self.adapter = PromptAdapter(dim, inner_dim, dropout)
-        self.fusion = InterLayerPromptFusion(prompt_grid, inner_dim, dim) if fuses else None
+        self.adapter = PromptAdapter(vit.dim, inner_dim, dropout)
+        self.fusion = InterLayerPromptFusion(prompt_grid, inner_dim, vit.dim) if fuses else None
         self.scale, self.distills, self.last = scale, distills, last
 
     def forward(self, layer, base, prompt):
@@ -193,16 +192,14 @@ class SA2VP(nn.Module):
             raise ValueError(f"layers in F, {sorted(fusion)}, must be among those in D, {sorted(distill)}, "
                              f"and those among 0 to {depth - 1}")  # fmt: skip
         half = tuple(max(1, side // 2) for side in vit.grid)
-        self.prompt_grid = half if prompt_grid == "half" else tuple(prompt_grid or vit.grid)
-        if min(*self.prompt_grid, inner_dim) < 1:
-            raise ValueError(f"prompt grid {self.prompt_grid} and inner dimension {inner_dim} must be at least 1")
 
+        self.prompt_grid = half if prompt_grid == "half" else tuple(prompt_grid or vit.grid)
         self.vit = freeze(vit, dropout)
         self.prompt_map = PromptMap(self.prompt_grid, inner_dim, vit.dim)
         self.drop = nn.Dropout(dropout)
         self.interactions = nn.ModuleList(
             BilateralInteraction(
-                vit.grid, self.prompt_grid, vit.dim, inner_dim, scale, dropout, window,
+                vit, self.prompt_grid, inner_dim, scale, dropout, window,
                 distills=i in distill, fuses=i in fusion, last=i == depth - 1,
             )
             for i in range(depth)
@@ -210,10 +207,7 @@ class SA2VP(nn.Module):
         self.head = make_head(vit.dim, num_classes)
 
     def forward(self, images):
-        """Figure 2: (batch, 3, height, width) -> class scores of the base and of the prompt pathway.
-
-        Each is (batch, num_classes). Those of the base pathway predict.
-        """
+        """Figure 2: (batch, 3, height, width) -> scores (batch, num_classes) of each pathway; the base's predict."""
         base = self.vit.embed(images)  # Eq. (1), (batch, 1 + N, d)
         prompt = self.drop(self.prompt_map() + self.prompt_positions())  # Eq. (2), (1, 1 + h' w', d)
         for layer, interaction in zip(self.vit.blocks, self.interactions):
@@ -227,16 +221,16 @@ class SA2VP(nn.Module):
 
 
 def two_pathway_loss(logits, labels):
-    """Eq. (8) for (base_logits, prompt_logits); plain cross-entropy for a baseline's (logits,).
+    """Eq. (8), mean over the batch, for (base_logits, prompt_logits); plain cross-entropy for a baseline's (logits,).
 
-    Scores (batch, num_classes), labels (batch,), whole numbers from 0 -> the batch's mean loss, a scalar.
+    Logits are (batch, num_classes), labels (batch,) are whole numbers from 0.
     """
     weights = (0.8, 0.2) if len(logits) == 2 else (1.0,)
     return sum(weight * nn.functional.cross_entropy(scores, labels) for weight, scores in zip(weights, logits))
 
 
 def freeze(vit, dropout=0.0):
-    """Freezes the backbone in place, and sets the rate of its dropout. Every method but full fine-tuning begins so."""
+    """Freezes the backbone in place, and sets the rate of its dropout."""
     for module in vit.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
@@ -251,19 +245,28 @@ def make_head(dim, num_classes):
 
 
 # ---------------------------------------------------------------------- baselines
-# Each maps images (batch, 3, height, width) to one pathway's class scores, (logits,) with logits (batch, num_classes).
 
 
 class ViTClassifier(nn.Module):
-    """A linear head on the class token of a ViT."""
+    """A linear head on the class token: images (batch, 3, height, width) -> (logits,), (batch, num_classes).
+
+    As it stands it is the linear probe, on a frozen ViT, or full fine-tuning. Other baselines change `layer`.
+    """
 
     def __init__(self, vit, num_classes):
         super().__init__()
         self.vit = vit
         self.head = make_head(vit.dim, num_classes)
 
+    def layer(self, i, x):
+        """T_i(x), (batch, 1 + N, d) -> the same."""
+        return self.vit.blocks[i](x)
+
     def forward(self, images):
-        return (self.head(self.vit(images)),)
+        x = self.vit.embed(images)
+        for i in range(len(self.vit.blocks)):
+            x = self.layer(i, x)
+        return (self.head(self.vit.norm(x[:, 0])),)
 
 
 def linear_probe(vit, num_classes):
@@ -276,45 +279,42 @@ def full_fine_tuning(vit, num_classes):
     return ViTClassifier(vit.requires_grad_(True), num_classes)
 
 
-class VPTDeep(nn.Module):
-    """Visual Prompt Tuning (Jia et al., 2022): `prompts` new prompt tokens in every layer."""
+class VPTDeep(ViTClassifier):
+    """Visual Prompt Tuning (Jia et al., 2022): `prompts` new prompt tokens in every layer of a frozen ViT."""
 
     def __init__(self, vit, num_classes, prompts=50):
-        super().__init__()
-        self.vit = freeze(vit)
-        self.prompts = nn.Parameter(torch.empty(len(vit.blocks), 1, prompts, vit.dim))
+        super().__init__(freeze(vit), num_classes)
+        self.prompts = nn.Parameter(torch.empty(len(vit.blocks), prompts, vit.dim))
         bound = math.sqrt(6 / (3 * math.prod(vit.patch_size) + vit.dim))  # as VPT draws them
         nn.init.uniform_(self.prompts, -bound, bound)
-        self.head = make_head(vit.dim, num_classes)
 
-    def forward(self, images):
-        x = self.vit.embed(images)
-        batch, length, _ = x.shape
-        for block, prompts in zip(self.vit.blocks, self.prompts):
-            # Attention has no order, so the prompts may stand last. Those that come out are dropped.
-            x = block(torch.cat([x, prompts.expand(batch, -1, -1)], dim=1))[:, :length]
-        return (self.head(self.vit.norm(x[:, 0])),)
+    def layer(self, i, x):
+        """T_i([x ; prompts]) without what becomes of the prompts. Attention has no order: they may stand last."""
+        prompts = self.prompts[i].expand(len(x), -1, -1)
+        return super().layer(i, torch.cat([x, prompts], dim=1))[:, : x.size(1)]
 
 
-class AdapterTuning(nn.Module):
-    """SA2VP's adapters without prompts: B_{i+1} = T_i(B_i) + s A_i(B_i)."""
+class AdapterTuning(ViTClassifier):
+    """SA2VP's adapters without prompts, in a frozen ViT: B_{i+1} = T_i(B_i) + s A_i(B_i)."""
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1):
-        super().__init__()
-        self.vit, self.scale = freeze(vit, dropout), scale
+        super().__init__(freeze(vit, dropout), num_classes)
+        self.scale = scale
         self.adapters = nn.ModuleList(PromptAdapter(vit.dim, inner_dim, dropout) for _ in vit.blocks)
-        self.head = make_head(vit.dim, num_classes)
 
-    def forward(self, images):
-        base = self.vit.embed(images)
-        for layer, adapter in zip(self.vit.blocks, self.adapters):
-            base = layer(base) + self.scale * adapter(base)
-        return (self.head(self.vit.norm(base[:, 0])),)
+    def layer(self, i, x):
+        """T_i(x) + s A_i(x)."""
+        return super().layer(i, x) + self.scale * self.adapters[i](x)
 
 
-METHODS = {
-    "sa2vp": SA2VP, "vpt": VPTDeep, "adapter": AdapterTuning, "linear": linear_probe, "full": full_fine_tuning
-}  # fmt: skip
+METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=linear_probe, full=full_fine_tuning)
+
+
+def build(vit, num_classes, settings):
+    """The method named settings["method"] on a backbone, with those of the settings that are its options."""
+    method = METHODS[settings["method"]]
+    options = {name: settings[name] for name in inspect.signature(method).parameters if name in settings}
+    return method(vit, num_classes, **options)
 
 
 # ---------------------------------------------------------------------- looking inside
@@ -328,13 +328,11 @@ def class_attention(model, images):
     VisionTransformer, in evaluation mode. A picture's values sum to 1, less what the class token gives to
     itself and, in VPT, to the prompts.
     """
-    vit, inputs = getattr(model, "vit", model), []
-    last = model.interactions[-1] if isinstance(model, SA2VP) else vit.blocks[-1]
-    hook = last.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
+    vit, seen = getattr(model, "vit", model), []
+    hook = vit.blocks[-1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output))
     model(images)
     hook.remove()
-    base = inputs[1] if isinstance(model, SA2VP) else inputs[0]  # of (layer, base, prompt), or of (base,)
-    q, k, _ = vit.blocks[-1].qkv(base)
+    q, k, _ = vit.blocks[-1].attn.project(seen[0])  # SA2VP sends the base pathway through a layer first
     attention = (q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).softmax(dim=-1)  # (batch, heads, 1, tokens)
     return attention.mean(dim=1)[:, 0, 1 : 1 + math.prod(vit.grid)].unflatten(1, vit.grid)
 
@@ -343,8 +341,8 @@ def class_attention(model, images):
 def prompting_strength(model, images):
     """How much the prompts of an SA2VP change each image token: (batch, 3, height, width) -> (batch, h, w).
 
-    The norm of B_{i+1} - T_i(B_i), summed over the layers. The last layer is left out, because its
-    image tokens go nowhere. `model` is in evaluation mode.
+    The norm of B_{i+1} - T_i(B_i), summed over the layers but the last, whose image tokens go nowhere.
+    `model` is in evaluation mode.
     """
     base, prompt = model.vit.embed(images), model.prompt_map() + model.prompt_positions()
     strength = 0
@@ -358,20 +356,20 @@ def prompting_strength(model, images):
 # ---------------------------------------------------------------------- files
 
 
-def saved_parameters(model):
-    """Name -> parameter of all that a checkpoint holds: everything but a frozen backbone."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or not name.startswith("vit.")}
+def trained_parameters(model):
+    """Name -> parameter of all that is trained, which is what a checkpoint holds."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained(model, tensors):
-    """Puts what `saved_parameters` gave back; RuntimeError names what is missing, left over or of another shape."""
-    frozen = {name: p for name, p in model.named_parameters() if name not in saved_parameters(model)}
+    """Puts `trained_parameters` back; RuntimeError names what is missing, left over or of another shape."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     model.load_state_dict(frozen | tensors)
 
 
 def count_trained(model):
     """How many numbers are trained, without the head, as the field counts them."""
-    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head."))
+    return sum(p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head."))
 
 
 def fingerprint(vit):
@@ -386,7 +384,7 @@ def fingerprint(vit):
     return digest.hexdigest()
 
 
-CHECKPOINT = "trained settings options classes backbone fingerprint input root history".split()
+CHECKPOINT = "trained settings classes backbone fingerprint input root history".split()
 
 
 def read_checkpoint(path):
@@ -395,7 +393,7 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint | {name: checkpoint[name] for name in CHECKPOINT}  # KeyError if it lacks one
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no checkpoint {path}") from None
+        raise
     except Exception as error:  # torch raises whatever the bytes happen to provoke
         raise ValueError(f"{path} is no checkpoint of this project") from error
 
@@ -409,16 +407,13 @@ def load(path, weights=None):
     or was tuned on another backbone.
     """
     meta = read_checkpoint(path)
-    settings = meta["settings"]
-    weights = weights or settings["weights"]
-    if weights is None:
-        raise ValueError(f"{path} was trained from scratch, not tuned: there is no backbone to put it on")
+    weights = weights or meta["settings"]["weights"]
     vit = load_vit(weights, **meta["backbone"])
     if fingerprint(vit) != meta["fingerprint"]:
         raise ValueError(f"{path} was tuned on another backbone than {weights}")
     try:
-        model = METHODS[settings["method"]](vit, len(meta["classes"]), **meta["options"])
+        model = build(vit, len(meta["classes"]), meta["settings"])
         load_trained(model, meta.pop("trained"))
-    except (KeyError, RuntimeError, TypeError) as error:  # a method, an option or a tensor that does not exist
+    except (KeyError, RuntimeError) as error:  # a method or a tensor that does not exist
         raise ValueError(f"{path} does not fit this version: {error}") from None
     return model.eval(), meta

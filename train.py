@@ -11,7 +11,6 @@ Any setting may be given several values. Every command is a list of runs; severa
 import argparse
 import csv
 import inspect
-import io
 import itertools
 import json
 import math
@@ -19,7 +18,6 @@ import os
 import shlex
 import statistics
 import sys
-import textwrap
 import time
 import traceback
 from datetime import timedelta
@@ -34,6 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
@@ -43,23 +42,6 @@ import vit
 # Peak learning rates of AdamW: sa2vp's is the paper's; vpt's and linear's were searched on validation data;
 # adapter's is sa2vp's and full's a customary one. A data set may have its own.
 LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "adapter": 1e-3, "linear": 1e-2, "full": 1e-4}
-
-ABLATIONS = {  # what each variant changes of the full method
-    "full-method": {},
-    "linear-probe": {"method": "linear"},
-    "no-prompts": {"method": "adapter"},
-    "window-none": {"window": None},  # not aligned
-    "window-1": {"window": 1},
-    "window-5": {"window": 5},
-    "no-distillation": {"distill_layers": ()},  # and so no fusion: every layer prompts
-    "no-fusion": {"fusion_layers": ()},
-    "half-size-map": {"prompt_grid": "half"},
-}
-
-# The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
-SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=4, normalize="imagenet")
-SMALL_VIT_FILE = Path(data.TABLE["shapes"].weights)
-PRETRAINING = dict(data="shapes-source", method="full", epochs=6, lr=2e-3, warmup_epochs=1)
 
 # torchrun's processes: which one this is, how many there are, and the same on this machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -82,7 +64,7 @@ class Machine(NamedTuple):
 
 
 def fit(settings, out, machine, state, test=True):
-    """Trains by `settings`, going on from `state` (the content of out/last.pt), and returns the result, a dict.
+    """Trains by `settings`, going on from `state` (what out/last.pt holds, if anything); returns the result, a dict.
 
     Everything random in an epoch follows from (seed, epoch), so that a run that was interrupted ends with
     the numbers of one that was not. Without `test` the test data is not read.
@@ -91,7 +73,7 @@ def fit(settings, out, machine, state, test=True):
     model, meta = build_model(settings, backbone, splits.classes, machine)
     optimizer = make_optimizer(model, settings["weight_decay"])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    history = go_on(state, out, meta, model, optimizer, scaler)  # a dict for each epoch
+    history = go_on(state, meta, model, optimizer, scaler)  # a dict for each epoch
     network, training_network = wrap(model, machine)
     loader = partial(make_loader, meta=meta, machine=machine)
     log(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
@@ -103,18 +85,11 @@ def fit(settings, out, machine, state, test=True):
         batches = loader(splits.train, shuffle_seed=seed_from(settings["seed"], epoch))
         loss, lr, speed = train_epoch(training_network, batches, optimizer, scaler, settings, epoch, machine)
         accuracy, prompt_accuracy = evaluate(network, loader(splits.val), machine)
-        history.append({
-            "epoch": epoch + 1,
-            "loss": loss,
-            "lr": lr,
-            "val_accuracy": accuracy,
-            "val_prompt_accuracy": prompt_accuracy,
-            "images_per_second": speed,
-            "seconds": time.perf_counter() - start,
-        })  # fmt: skip
+        history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy, val_prompt_accuracy=prompt_accuracy,
+                            images_per_second=speed, seconds=time.perf_counter() - start))  # fmt: skip
         log(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
             f"validation {percent(accuracy, prompt_accuracy)}")  # fmt: skip
-        state = meta | {"trained": sa2vp.saved_parameters(model), "history": history}
+        state = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
         if best_epoch(history) is history[-1]:
             save(out / "best.pt", state)
         save(out / "last.pt", state | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
@@ -124,18 +99,12 @@ def fit(settings, out, machine, state, test=True):
     best = best_epoch(history)
     sa2vp.load_trained(model, sa2vp.read_checkpoint(out / "best.pt")["trained"])
     accuracy, prompt_accuracy = evaluate(network, loader(splits.test if test else []), machine)
-    result = {
-        "method": settings["method"],
-        "data": data.find(settings["data"]).name,
-        "accuracy": accuracy,
-        "prompt_accuracy": prompt_accuracy,
-        "val_accuracy": best["val_accuracy"],
-        "best_epoch": best["epoch"],
-        "trainable": sa2vp.count_trained(model),
-        "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
-        "seconds": sum(epoch["seconds"] for epoch in history),
-        "seed": settings["seed"],
-    }
+    result = dict(
+        method=settings["method"], data=data.find(settings["data"]).name, seed=settings["seed"],
+        accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"], best_epoch=best["epoch"],
+        trainable=sa2vp.count_trained(model), seconds=sum(epoch["seconds"] for epoch in history),
+        images_per_second=statistics.median(epoch["images_per_second"] for epoch in history),
+    )  # fmt: skip
     save(out / "result.json", result)
     return result
 
@@ -182,7 +151,7 @@ def evaluate(model, batches, machine):
 
 def make_optimizer(model, weight_decay):
     """AdamW; weight decay on all that has more than one dimension (matrices, prompt maps, gates), not on the rest."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = sa2vp.trained_parameters(model).values()
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -218,41 +187,31 @@ def seed_from(*numbers):
 # ---------------------------------------------------------------------- what a run starts from
 
 
-def complete_settings(some):
+def complete_settings(given):
     """All settings of a run: those that were given, else the data set's own, else the method's, else the recipe's."""
-    row, method = data.find(some["data"]), some["method"]
-    settings = {
-        "data": some["data"] if some["data"] in data.TABLE else str(Path(some["data"]).resolve()),
-        "method": method,
-        "seed": 42,
-        "weights": row.weights,
-        "heads": None if "weights" in some else row.heads,
-        "normalize": None,
-        "image_size": row.image_size,
-        "epochs": row.epochs,
-        "batch_size": row.batch_size,
-        "lr": (LEARNING_RATE | row.lr)[method],
-        "weight_decay": 1e-4,
-        "tune": False,  # VTAB-1k alone: train800 and val200, without test
-    }
+    row, method = data.find(given["data"]), given["method"]
+    epochs = given.get("epochs", row.epochs)
+    settings = dict(
+        seed=42, weights=row.weights, heads=None, normalize=None, image_size=row.image_size, batch_size=row.batch_size,
+        lr=(LEARNING_RATE | row.lr)[method], weight_decay=1e-4, epochs=epochs,
+        warmup_epochs=round(epochs / 10),  # the recipe's 10 of 100
+        tune=False,  # VTAB-1k alone: train800 and val200, without test
+    )  # fmt: skip
     for option in inspect.signature(sa2vp.METHODS[method]).parameters.values():
         if option.default is not option.empty:
             settings[option.name] = getattr(row, option.name, option.default)
-    if "distill_layers" in some:
-        settings["fusion_layers"] = None  # the row's are a subset of the default D
-    settings |= {name: value for name, value in some.items() if name != "data"}
-    settings.setdefault("warmup_epochs", round(settings["epochs"] / 10))  # the recipe's 10 of 100
-    if settings["weights"] and settings["weights"] not in vit.BACKBONES:
-        settings["weights"] = str(Path(settings["weights"]).resolve())
-    if settings["epochs"] <= settings["warmup_epochs"]:
-        raise ValueError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
+    settings |= given
+    for name, known in (("data", data.TABLE), ("weights", [None, *vit.BACKBONES])):
+        if settings[name] not in known:  # a path
+            settings[name] = str(Path(settings[name]).resolve())
+    if epochs <= settings["warmup_epochs"]:
+        raise ValueError(f"--epochs {epochs} must be above --warmup-epochs {settings['warmup_epochs']}")
     return settings
 
 
 def read_inputs(settings, machine):
     """The pictures and the backbone of a run. The first process of each machine downloads what is not there."""
     row, batch_size, weights = data.find(settings["data"]), settings["batch_size"], settings["weights"]
-
     torch.manual_seed(settings["seed"])  # of the small ViT, which is not read but drawn
 
     def read():
@@ -263,10 +222,9 @@ def read_inputs(settings, machine):
     splits, backbone = first_on_each_machine(read)
     if not (row.vtab or splits.val and splits.test):
         raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
-    if len(splits.train) < batch_size:
-        raise ValueError(f"{len(splits.train)} training pictures make no batch of {batch_size}: lower --batch-size")
-    if batch_size % WORLD:
-        raise ValueError(f"{WORLD} processes cannot share a batch of {batch_size} evenly")
+    if len(splits.train) < batch_size or batch_size % WORLD:
+        raise ValueError(f"{len(splits.train)} training pictures and {WORLD} processes make no batches of {batch_size}: "
+                         f"try another --batch-size")  # fmt: skip
     log(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
         f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
     guessed = not settings["heads"] and Path(weights or ".npz").suffix not in ("", ".npz")
@@ -279,45 +237,38 @@ def read_inputs(settings, machine):
 def build_model(settings, backbone, classes, machine):
     """The method on its backbone, drawn by the run's seed, and `meta`: what its checkpoints say beside the weights."""
     torch.manual_seed(settings["seed"])
-    row, method = data.find(settings["data"]), sa2vp.METHODS[settings["method"]]
-    options = {name: settings[name] for name in inspect.signature(method).parameters if name in settings}
-    mean, std = vit.NORMALIZE[backbone.normalize]
-    size = backbone.image_size
+    size, (mean, std) = backbone.image_size, vit.NORMALIZE[backbone.normalize]
     meta = {
         "settings": settings,
-        "options": options,
         "classes": list(classes),
         "backbone": {"image_size": size, "heads": backbone.blocks[0].attn.heads, "normalize": backbone.normalize},
         "fingerprint": sa2vp.fingerprint(backbone),
-        "input": {"crop": row.crop, "image_size": size, "mean": mean, "std": std},  # of data.transform
+        "input": {"crop": data.find(settings["data"]).crop, "image_size": size, "mean": mean, "std": std},
         "root": str(machine.root.resolve()),
     }
-    return method(backbone, len(classes), **options).to(machine.device), meta
+    return sa2vp.build(backbone, len(classes), settings).to(machine.device), meta
 
 
-def go_on(state, out, meta, model, optimizer, scaler):
-    """Puts the state of the last whole epoch into model, optimizer and scaler, and returns the history of the epochs."""
-    if "optimizer" not in state:
+def earlier_state(out, settings):
+    """last.pt of the run in `out`, {} if there is none; ValueError if its settings are others."""
+    state = sa2vp.read_checkpoint(out / "last.pt") if (out / "last.pt").exists() else {}
+    for name in settings.keys() if state else ():
+        then, now = state["settings"].get(name), settings[name]
+        if then != now:
+            raise ValueError(f"{out} holds a run with {name} {text(then)}, not {text(now)}: give another --out")
+    return state
+
+
+def go_on(state, meta, model, optimizer, scaler):
+    """Puts the last whole epoch's state, if any, into model, optimizer and scaler; returns the history of the epochs."""
+    if not state:
         return []
     if state["fingerprint"] != meta["fingerprint"]:
-        raise ValueError(f"{out} was begun on another backbone than {meta['settings']['weights']} holds now")
+        raise ValueError(f"the run was begun on another backbone than {meta['settings']['weights']} holds now")
     sa2vp.load_trained(model, state["trained"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state["history"]
-
-
-def earlier_state(out, settings):
-    """last.pt, else best.pt, of the run in `out`, {} if there is none; ValueError if its settings are others."""
-    for file in (out / "last.pt", out / "best.pt"):
-        if file.exists():
-            state = sa2vp.read_checkpoint(file)
-            for name in sorted(settings.keys() | state["settings"].keys()):
-                then, now = state["settings"].get(name), settings.get(name)
-                if then != now:
-                    raise ValueError(f"{out} holds a run with {name} {text(then)}, not {text(now)}: give another --out")
-            return state
-    return {}
 
 
 def wrap(model, machine):
@@ -342,6 +293,93 @@ def make_loader(samples, meta, machine, shuffle_seed=None):
 
 
 # ---------------------------------------------------------------------- several runs
+
+ABLATIONS = {  # what each variant changes of the full method
+    "full-method": {},
+    "linear-probe": {"method": "linear"},
+    "no-prompts": {"method": "adapter"},
+    "window-none": {"window": None},  # not aligned
+    "window-1": {"window": 1},
+    "window-5": {"window": 5},
+    "no-distillation": {"distill_layers": (), "fusion_layers": ()},  # every layer prompts
+    "no-fusion": {"fusion_layers": ()},
+    "half-size-map": {"prompt_grid": "half"},
+}
+
+# The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
+SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
+SMALL_VIT_FILE = Path(data.TABLE["shapes"].weights)
+PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
+
+
+def train(flags, machine):
+    """Every run that was asked for, one after another; several end with a table. Returns whether one could not run.
+
+    Where there are combinations, a search comes first: they are run with the first seed and do not read
+    test data, and only the one of highest validation accuracy is run with every seed and tested.
+    """
+    values, ablate = {name: flags[name] for name in SETTINGS if name in flags}, "ablate" in flags
+    combinations, seeds = list_combinations(values, ablate), values.get("seed", [42])
+    varied, kind = [name for name in values if len(values[name]) > 1], "variant" if ablate else "method"
+    out = flags.get("out", Path("runs", run_name(values, "ablation" if ablate else None)))
+    single = not varied and len(combinations) == 1
+    rows, scores, failures = [], {}, []
+
+    def attempt(variant, settings, test=True):
+        """The result of one of the runs; {} if it could not run."""
+        own = {name: [settings[name]] for name in ("data", *varied) if name in settings}
+        folder = out if single else out / (run_name(own, variant) + "-tune" * settings["tune"])
+        try:
+            return run(settings, folder, machine, test)
+        except BAD_INPUT as error:
+            if WORLD > 1:  # the other processes are still in there
+                raise
+            failures.append(folder)
+            print(f"train.py: {folder.name} could not run: {one_line(error)}", file=sys.stderr)
+            return {}
+
+    for (member, variant), choices in combinations.items():
+        row, best, searched = data.find(member), choices[0], []
+        if len(choices) > 1:
+            searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
+            best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
+        tested = [attempt(variant, best | {"seed": seed}) for seed in seeds if any(searched) or not searched]
+        scores[member, variant] = {result["seed"]: result["accuracy"] for result in tested if result}
+        for settings, results in zip(choices, [[result] for result in searched] or [tested]):
+            found = {"data": row.name, kind: variant, "trainable": results[0].get("trainable") if results else None}
+            found["val_accuracy"] = mean(result.get("val_accuracy") for result in results)
+            found |= spread(scores[member, variant] if settings is best else {})
+            rows.append({name: text(value) for name, value in settings.items()} | found)
+    if not single:
+        rows += group_rows(scores, seeds, kind)
+        columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
+        columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
+        rows = [{column: row.get(column) for column in columns} for row in rows]
+        save(out / "results.csv", rows)
+        print_table(rows)
+    return bool(failures)
+
+
+def list_combinations(values, ablate=False):
+    """{setting: values} -> {(data set, variant): [the settings of each combination, with the first seed]}.
+
+    Data sets, methods and seeds are repetitions; whatever else has several values makes combinations. A
+    setting is for the methods that have it.
+    """
+    variants = ABLATIONS if ablate else {method: {"method": method} for method in values.get("method", ["sa2vp"])}
+    for name in values.keys() & set().union(*ABLATIONS.values()) if ablate else ():
+        raise ValueError(f"{flag(name)} has no part in --ablate, which changes it itself")
+    members = [member for name in values.get("data", ["shapes"]) for member in data.members(name)]
+    combinations, used = {}, set(REPEATED)
+    for member, (variant, change) in itertools.product(members, variants.items()):
+        fixed = {"data": member, "method": "sa2vp", "seed": values.get("seed", [42])[0]} | change
+        own = [name for name in values if name in complete_settings(fixed) and name not in REPEATED]
+        used |= set(own)
+        choices = itertools.product(*(values[name] for name in own))
+        combinations[member, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in choices]
+    for name in values.keys() - used:
+        raise ValueError(f"{flag(name)} is no setting of {' or '.join(variants)}")
+    return combinations
 
 
 def run(settings, out, machine, test=True):
@@ -368,86 +406,6 @@ def pretrain_small_vit(machine):
     log()
 
 
-def list_combinations(values, ablate=False):
-    """{setting: values} -> {(data set, variant): [the settings of each combination, with the first seed]}.
-
-    Data sets, methods and seeds are repetitions; whatever else has several values makes combinations. A
-    setting is for the methods that have it.
-    """
-    variants = ABLATIONS if ablate else {method: {"method": method} for method in values.get("method", ["sa2vp"])}
-    for name in values.keys() & set().union(*ABLATIONS.values()) if ablate else ():
-        raise ValueError(f"{flag(name)} has no part in --ablate, which changes it itself")
-    members = [member for name in values.get("data", ["shapes"]) for member in data.members(name)]
-    combinations, used = {}, set(REPEATED)
-    for member, (variant, change) in itertools.product(members, variants.items()):
-        fixed = {"data": member, "method": "sa2vp", "seed": values.get("seed", [42])[0]} | change
-        own = [name for name in values if name in complete_settings(fixed) and name not in REPEATED]
-        used |= set(own)
-        choices = itertools.product(*(values[name] for name in own))
-        combinations[member, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in choices]
-    for name in values.keys() - used:
-        raise ValueError(f"{flag(name)} is no setting of {' or '.join(variants)}")
-    return combinations
-
-
-def train(flags):
-    """Every run that was asked for, one after another; several end with a table. Returns whether one could not run.
-
-    Where there are combinations, a search comes first: they are run with the first seed and do not read
-    test data, and only the one of highest validation accuracy is run with every seed and tested.
-    """
-    ablate, out = flags.pop("ablate", False), flags.pop("out", None)
-    values = {name: flags.pop(name) for name in SETTINGS if name in flags}
-    machine = choose_machine(flags)
-    refuse(flags, "training")
-    combinations, seeds, failures = list_combinations(values, ablate), values.get("seed", [42]), []
-    varied, kind = [name for name in values if len(values[name]) > 1], "variant" if ablate else "method"
-    out = out or Path("runs", run_name(values, ablate and "ablation"))
-
-    def attempt(variant, settings, test=True):
-        """The result of one of several runs, in its folder below `out`; None if it could not run."""
-        own = {name: [settings[name]] for name in ("data", *varied) if name in settings}
-        name = run_name(own, variant) + "-tune" * settings["tune"]
-        log(f"\n{name}")
-        try:
-            return run(settings, out / name, machine, test)
-        except BAD_INPUT as error:
-            if WORLD > 1:  # the other processes are still in there
-                raise
-            failures.append(name)
-            print(f"train.py: {name} could not run: {one_line(error)}", file=sys.stderr)
-
-    if not varied and len(combinations) == 1:
-        ((settings,),) = combinations.values()
-        run(settings, out, machine)
-        return False
-    rows, scores = [], {}
-    for (member, variant), choices in combinations.items():
-        row, best, searched = data.find(member), choices[0], [None] * len(choices)
-        if len(choices) > 1:
-            searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
-            accuracies = [result["val_accuracy"] if result else -1 for result in searched]
-            best = choices[accuracies.index(max(accuracies))] if any(searched) else None
-        tested = [attempt(variant, best | {"seed": seed}) for seed in seeds if best]
-        scores[member, variant] = {result["seed"]: result["accuracy"] for result in tested if result}
-        for settings, result in zip(choices, searched):
-            results = [result] if result else [one for one in tested if one and settings is best]
-            rows.append({name: text(value) for name, value in settings.items()} | {
-                "data": row.name,
-                kind: variant,
-                "val_accuracy": mean(result["val_accuracy"] for result in results),
-                "trainable": results[0]["trainable"] if results else None,
-            } | spread(scores[member, variant] if settings is best else {}))  # fmt: skip
-    rows += group_rows(scores, seeds, kind)
-    columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
-    columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
-    rows = [{column: row.get(column) for column in columns} for row in rows]
-    save(out / "results.csv", rows)
-    log()
-    print_table(rows)
-    return bool(failures)
-
-
 def group_rows(scores, seeds, kind):
     """Rows for the means of whole groups; `scores` is {(data set, variant): {seed: accuracy}}.
 
@@ -456,10 +414,9 @@ def group_rows(scores, seeds, kind):
     rows, scores = [], dict(scores)
     variants = dict.fromkeys(variant for _, variant in scores)
     for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
-        if all((part, variant) in scores for part in parts):
-            members = [scores[part, variant] for part in parts]
-            whole = all(score.keys() == set(seeds) for score in members)
-            scores[group, variant] = {seed: mean(score[seed] for score in members) for seed in seeds if whole}
+        members = [scores[part, variant] for part in parts if (part, variant) in scores]
+        if len(members) == len(parts):
+            scores[group, variant] = {seed: mean(score.get(seed) for score in members) for seed in seeds}
             published = data.PUBLISHED.get(variant, {}).get(group)
             rows.append({"data": group, kind: variant, "published": published} | spread(scores[group, variant]))
     return rows
@@ -473,7 +430,9 @@ def mean(values):
 
 def spread(score):
     """{seed: accuracy} -> mean and standard deviation, for a row of a table."""
-    return {"accuracy": mean(score.values()), "std": statistics.stdev(score.values()) if len(score) > 1 else None}
+    accuracy = mean(score.values())
+    several = accuracy is not None and len(score) > 1
+    return {"accuracy": accuracy, "std": statistics.stdev(score.values()) if several else None}
 
 
 def run_name(values, variant=None):
@@ -488,96 +447,87 @@ def run_name(values, variant=None):
 # ---------------------------------------------------------------------- with a tuned model
 
 
-def evaluate_or_predict(flags):
-    """--eval prints the test accuracy of a checkpoint again, --predict the five likeliest classes of each picture.
-
-    With --show they draw what the model looks at. Returns whether a picture could not be read.
-    """
-    job = "predict" if "predict" in flags else "eval"
-    path, *pictures = flags.pop("predict") if job == "predict" else [flags.pop("eval")]
-    show, root, weights = flags.pop("show", None), flags.get("root"), pop_one(flags, "weights")
-    name = pop_one(flags, "data") if job == "eval" else None
-    machine, failed = choose_machine(flags), False
-    refuse(flags, flag(job))
-    model, meta = sa2vp.load(path, weights)
+def evaluate_again(flags, machine):
+    """--eval: prints the test accuracy of a checkpoint. With --show, draws what it looks at."""
+    model, meta = sa2vp.load(flags["eval"], flags.get("weights"))
+    row = data.find(flags.get("data", meta["settings"]["data"]))
+    splits = data.load(row, flags.get("root", meta["root"]))
+    if splits.classes != meta["classes"] or not splits.test:
+        raise ValueError(f"{row.name} has no test pictures of the classes that {flags['eval']} knows")
     model.to(machine.device)
-    if job == "eval":
-        row = data.find(name or meta["settings"]["data"])
-        splits = data.load(row, root or meta["root"])
-        if splits.classes != meta["classes"] or not splits.test:
-            raise ValueError(f"{row.name} has no test pictures of the classes that {path} knows")
-        log(f"test {percent(*evaluate(model, make_loader(splits.test, meta, machine), machine))}")
-        some = np.linspace(0, len(splits.test) - 1, min(show or 0, len(splits.test))).round().astype(int)
-        samples = [splits.test[i] for i in some]
-    else:
-        if not pictures:
-            raise ValueError("--predict takes a checkpoint and then pictures or folders of them")
-        samples, transform = [], data.transform(**meta["input"])
-        for picture in data.find_pictures(pictures):
-            try:
-                image = transform(data.open_picture(picture))
-            except ValueError as error:
-                failed = True
-                print(f"train.py: {one_line(error)}", file=sys.stderr)
-                continue
-            log("\n  ".join([str(picture), *likeliest(model, image[None], meta["classes"], 5, machine)[0]]))
-            samples.append((picture, None))
-        samples = samples[:show] if show else []
-    if samples:
-        plain = vit.load_vit(weights or meta["settings"]["weights"], **meta["backbone"]).to(machine.device).eval()
-        save(path.with_name("show.png"), draw_page(model, plain, meta, samples, machine))
-        log(f"wrote {path.with_name('show.png')}")
+    log(f"test {percent(*evaluate(model, make_loader(splits.test, meta, machine), machine))}")
+    some = np.linspace(0, len(splits.test) - 1, min(flags.get("show", 0), len(splits.test)))
+    if "show" in flags:
+        show(flags["eval"], model, meta, [splits.test[round(i)] for i in some])
+
+
+def predict(flags, machine):
+    """--predict: prints the five likeliest classes of each picture. With --show, draws what the model looks at.
+
+    Returns whether a picture could not be read.
+    """
+    path, *pictures = flags["predict"]
+    if not pictures:
+        raise ValueError("--predict takes a checkpoint and then pictures or folders of them")
+    model, meta = sa2vp.load(path, flags.get("weights"))
+    model.to(machine.device)
+    samples, failed, transform = [], False, data.transform(**meta["input"])
+    for picture in data.find_pictures(pictures):
+        try:
+            image = transform(data.open_picture(picture)).to(machine.device)
+        except ValueError as error:
+            failed = True
+            print(f"train.py: {one_line(error)}", file=sys.stderr)
+            continue
+        with torch.inference_mode(), autocast(machine):
+            (scores,), *_ = model(image[None])
+        top = scores.float().softmax(dim=0).topk(min(5, len(scores)))
+        log(picture)
+        for probability, label in zip(top.values.tolist(), top.indices.tolist()):
+            log(f"  {probability:7.2%}  {meta['classes'][label]}")
+        samples.append((picture, None))
+    if "show" in flags and samples:
+        show(path, model, meta, samples[: flags["show"]])
     return failed
 
 
-@torch.inference_mode()
-def likeliest(model, images, classes, count, machine):
-    """For each image a line for each of its `count` likeliest classes, the likeliest first: "92.89%  below left"."""
-    with autocast(machine):
-        logits, *_ = model(images.to(machine.device))
-    top = logits.float().softmax(dim=1).topk(min(count, len(classes)))
-    rows = zip(top.values.tolist(), top.indices.tolist())
-    return [[f"{p:7.2%}  {classes[i]}" for p, i in zip(*row)] for row in rows]
-
-
-TILE, TITLE = 200, 64  # pixels
+TILE, TITLE = 204, 48  # pixels
 
 
 @torch.inference_mode()
-def draw_page(model, plain, meta, samples, machine):
-    """--show: a PIL picture with a row for each sample (picture, label or None), and a title over each column.
+def show(path, model, meta, samples):
+    """--show: writes show.png, with a row for each sample (picture, label or None), beside the checkpoint.
 
-    Attention and change are orange over the picture, the brighter the more; the two attentions are on one scale.
+    Attention and change are orange over the picture, the brighter the more; attentions are on one scale.
     """
     transform = data.transform(**meta["input"])
-    images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(machine.device)
+    images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(model.head.weight.device)
     mean, std = (images.new_tensor(meta["input"][name])[:, None, None] for name in ("mean", "std"))
     seen = (images * std + mean).clamp(0, 1)
-    attention = torch.stack([sa2vp.class_attention(network, images) for network in (plain, model)])
+    attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
     attention = (attention / attention.amax((0, 2, 3))[:, None, None]).sqrt()  # a few patches have most of it
     columns = {
-        "picture, as the model sees it": seen,
-        "class token's attention, plain ViT (orange: most)": overlay(seen, attention[0]),
-        "class token's attention, tuned (orange: most)": overlay(seen, attention[1]),
+        "picture, as\nthe model sees it": seen,
+        "class token's attention,\nbackbone alone": overlay(seen, attention[0]),
+        "class token's attention,\ntuned (orange: most)": overlay(seen, attention[1]),
     }
     if isinstance(model, sa2vp.SA2VP):
         strength = sa2vp.prompting_strength(model, images)
-        strength = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)
-        columns["change by the prompts (orange: most)"] = overlay(seen, strength)
-        columns["prompt map, like prompts in like colours"] = principal_colours(model).expand(len(images), -1, -1, -1)
+        columns["change by the prompts\n(orange: most)"] = overlay(seen, strength / strength.amax((1, 2), keepdim=True))
+        columns["prompt map, like prompts\nin like colours"] = principal_colours(model).expand(len(images), -1, -1, -1)
 
-    page = Image.new("RGB", (TILE * (len(columns) + 1), TITLE + TILE * len(samples)), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    pen.text((len(columns) * TILE + 4, 4), "predicted and true class", "black", font)
-    for x, (title, tiles) in enumerate(columns.items()):
-        pen.text((x * TILE + 4, 4), textwrap.fill(title, 24), "black", font)
-        for y, tile in enumerate(F.interpolate(tiles, (TILE - 4, TILE - 4))):
-            page.paste(to_pil_image(tile.cpu()), (x * TILE, TITLE + y * TILE))
-    for y, ((_, label), (predicted,)) in enumerate(zip(samples, likeliest(model, images, meta["classes"], 1, machine))):
-        lines = ["predicted:", predicted] + (["true:", meta["classes"][label]] if label is not None else [])
-        wrapped = "\n".join(textwrap.fill(line.strip(), 22) for line in lines)
-        pen.text((len(columns) * TILE + 4, TITLE + y * TILE + 8), wrapped, "black", font)
-    return page
+    tiles = torch.stack([F.interpolate(tiles, (TILE - 4, TILE - 4)) for tiles in columns.values()], dim=1)
+    grid = to_pil_image(make_grid(tiles.flatten(0, 1), nrow=len(columns), padding=4, pad_value=1))
+    page = Image.new("RGB", (grid.width + TILE, grid.height + TITLE), "white")
+    page.paste(grid, (0, TITLE))
+    write = partial(ImageDraw.Draw(page).text, fill="black", font=ImageFont.load_default(15))
+    for x, title in enumerate([*columns, "predicted\nand true class"]):
+        write((x * TILE + 8, 6), title)
+    for y, ((_, label), guess) in enumerate(zip(samples, model(images)[0].argmax(dim=1).tolist())):
+        true = "" if label is None else f"\ntrue:\n{meta['classes'][label]}"
+        write((len(columns) * TILE + 8, TITLE + y * TILE + 8), f"predicted:\n{meta['classes'][guess]}{true}")
+    save(path.with_name("show.png"), page)
+    log(f"wrote {path.with_name('show.png')}")
 
 
 def overlay(pictures, values):
@@ -612,67 +562,42 @@ BENCH = {  # row of the table: (method, its options); the frozen encoder has a l
 }
 
 
-def make_step(name, weights, batch_size, machine):
-    """A function that takes one step of a row of the table, on random images."""
-    (method, options), training = BENCH[name], name.startswith("train")
-    backbone = vit.load_vit(weights) if weights else vit.VisionTransformer()
-    model = sa2vp.METHODS[method](backbone, 200, **options).to(machine.device).train(training)
-    if name == "train: frozen encoder":
-        backbone.pos_embed.requires_grad_()  # backward reaches the first layer's input
-    network, optimizer = torch.compile(model, dynamic=False) if machine.compile else model, make_optimizer(model, 1e-4)
-    images = torch.randn(batch_size, 3, *backbone.image_size, device=machine.device)
-    labels = torch.zeros(batch_size, dtype=torch.long, device=machine.device)
-
-    def step():
-        with torch.set_grad_enabled(training), autocast(machine):
-            loss = sa2vp.two_pathway_loss(network(images), labels)
-        if training:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    return step
-
-
-def bench(flags, rounds=7):
-    """--bench: time per image of a step, and on CUDA its peak memory, each beside the frozen encoder's.
+def bench(flags, machine, rounds=7):
+    """--bench: time per image of a step of the loop, and on CUDA the memory it takes, beside the frozen encoder's.
 
     The rows take turns, so that a noisy machine is noisy for all of them: a row's ratio is the median of
     its ratios to the encoder's in the same round.
     """
-    flags.pop("bench")
-    weights, batch_size = pop_one(flags, "weights"), pop_one(flags, "batch_size")
-    machine = choose_machine(flags)
-    refuse(flags, "--bench")
-    cuda, steps, peaks, times = machine.device.type == "cuda", {}, {}, {name: [] for name in BENCH}
-    batch_size, repeats = batch_size or (64 if cuda else 8), 10 if cuda else 1  # a GPU's step is too short to time
-    torch.compiler.reset()
-    for name in BENCH:
-        before = torch.cuda.memory_allocated() if cuda else 0
-        steps[name] = make_step(name, weights, batch_size, machine)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):  # warms up
-            steps[name]()
-        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
-    for _, name in itertools.product(progress(range(rounds), "rounds"), BENCH):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            steps[name]()
-        if cuda:
-            torch.cuda.synchronize()
-        times[name].append((time.perf_counter() - start) / repeats)
+    cuda, weights, scaler = machine.device.type == "cuda", flags.get("weights"), torch.amp.GradScaler(enabled=False)
+    batch_size, repeats = flags.get("batch_size", 64 if cuda else 8), 10 if cuda else 1  # a GPU's step is short
+    settings = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-4, "batch_size": batch_size}
+    rows, models, times, memory = [], {}, {name: [] for name in BENCH}, {}
+    for name, (method, options) in BENCH.items():
+        backbone = vit.load_vit(weights) if weights else vit.VisionTransformer()
+        model = sa2vp.METHODS[method](backbone, 200, **options).to(machine.device)
+        if name == "train: frozen encoder":
+            backbone.pos_embed.requires_grad_()  # backward reaches the first layer's input
+        models[name] = wrap(model, machine)[1], make_optimizer(model, 1e-4)
+    images = torch.randn(batch_size, 3, *backbone.image_size, device=machine.device)
+    batches = [(images, torch.zeros(batch_size, dtype=torch.long, device=machine.device))] * repeats
+    for turn, name in itertools.product(progress(range(-2, rounds), "rounds"), BENCH):
+        start, before = time.perf_counter(), torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats() if cuda else None
+        if name.startswith("train"):
+            train_epoch(models[name][0], batches, models[name][1], scaler, settings, 0, machine)
+        else:
+            evaluate(models[name][0], batches, machine)
+        if turn >= 0:  # the first two warm up
+            times[name].append(time.perf_counter() - start)
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
 
-    rows = []
     for name in BENCH:
         encoder = f"{name.split(':')[0]}: frozen encoder"
-        ratios = [mine / theirs for mine, theirs in zip(times[name], times[encoder])]
-        row = {"step": name, "ms per image": 1000 * statistics.median(times[name]) / batch_size}
-        rows.append(row | {"time ratio": statistics.median(ratios)})
-        if cuda:
-            rows[-1] |= {"peak MB": round(peaks[name]), "memory ratio": peaks[name] / peaks[encoder]}
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(times[name], times[encoder]))
+        milliseconds = 1000 * statistics.median(times[name]) / batch_size / repeats
+        rows.append({"step": name, "ms per image": milliseconds, "time ratio": ratio, "MB": memory[name]})
     kind = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    log(f"batch {batch_size}, {kind}, {machine.dtype}{', compiled' if machine.compile else ''}, PyTorch "
+    log(f"batch {batch_size}, {kind}, {text(machine.dtype)}{', compiled' if machine.compile else ''}, PyTorch "
         f"{torch.__version__}; medians of {rounds} rounds")  # fmt: skip
     print_table(rows)
 
@@ -688,27 +613,20 @@ def save(path, content):
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
-        with open(part, "wb") as file:
-            if path.suffix == ".pt":
-                torch.save(content, file)
-            elif path.suffix == ".png":
-                content.save(file, format="png")
-            else:
-                file.write((to_csv(content) if path.suffix == ".csv" else json.dumps(content, indent=2)).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        if path.suffix == ".pt":
+            torch.save(content, part)
+        elif path.suffix == ".png":
+            content.save(part, format="png")
+        elif path.suffix == ".json":
+            part.write_text(json.dumps(content, indent=2))
+        else:
+            with open(part, "w", newline="") as file:
+                writer = csv.DictWriter(file, content[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(content)
         part.replace(path)
     if WORLD > 1:
         dist.barrier()
-
-
-def to_csv(rows):
-    """Rows (dicts of the same keys) as CSV."""
-    content = io.StringIO()
-    writer = csv.DictWriter(content, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return content.getvalue()
 
 
 def print_table(rows):
@@ -718,17 +636,15 @@ def print_table(rows):
         cells.append(["-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else text(cell)
                       for cell in row.values()])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells)]
+    log()
     for line in cells:
         log("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
-def print_known(flags):
+def print_known(flags, machine):
     """--list: the data sets with SA2VP's settings for them, and the backbones."""
-    flags.pop("list")
-    refuse(flags, "--list")
     columns = ("name", "classes", "crop", "inner_dim", "scale", "batch_size", "fusion_layers", "source")
     print_table([{column: text(getattr(row, column)) for column in columns} for row in data.ROWS])
-    log()
     print_table([{"weights": name, "normalize": known[-1], "source": known[0]} for name, known in vit.BACKBONES.items()])
 
 
@@ -760,33 +676,32 @@ def one_line(error):
     message = str(error).strip() or type(error).__name__
     if message.startswith("Caught "):
         message = message.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
-    return textwrap.shorten(message, 400, placeholder=" ...")
+    return " ".join(message.split())[:400]
 
 
 # ---------------------------------------------------------------------- devices and processes
 
 
 def choose_machine(flags):
-    """The machine, from the flags, which are taken out; under torchrun the processes are connected here."""
-    gpu, cpu = flags.pop("gpu", None), flags.pop("cpu", False)
-    gpus = 0 if cpu else torch.cuda.device_count()
+    """The machine that the flags ask for; under torchrun the processes are connected here."""
+    gpu, gpus = flags.get("gpu"), 0 if "cpu" in flags else torch.cuda.device_count()
     if "LOCAL_RANK" in os.environ:
         if gpu is not None:
             raise ValueError("torchrun gives every process its own GPU: leave out --gpu")
         gpu = LOCAL_RANK if gpus else None
     if gpu is not None and gpu >= gpus:
         raise ValueError(f"there is no GPU {gpu}: PyTorch sees {gpus}; leave out --gpu, or take --cpu")
-    device, dtype = torch.device("mps" if torch.backends.mps.is_available() and not cpu else "cpu"), torch.float32
+    device, dtype = torch.device("cpu"), torch.float32
     if gpus:
         device = torch.device("cuda", gpu or 0)
         torch.cuda.set_device(device)
         # Older GPUs only emulate bfloat16, many times slower.
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+    if "LOCAL_RANK" in os.environ:
         dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = flags.pop("workers", min(16, max(1, cpus // LOCAL_WORLD)))
-    return Machine(device, dtype, workers, flags.pop("compile", False), flags.pop("root", Path("data")))
+    workers = flags.get("workers", min(16, max(1, cpus // LOCAL_WORLD)))
+    return Machine(device, dtype, workers, "compile" in flags, flags.get("root", Path("data")))
 
 
 def first_on_each_machine(read):
@@ -871,6 +786,14 @@ SETTINGS = {  # flags that are settings of a run: (type, what --help says); the 
 }
 CHOICES = {"method": list(sa2vp.METHODS), "normalize": list(vit.NORMALIZE)}
 REPEATED = ("data", "method", "seed")  # whose values are not searched for the best
+MACHINE = ("gpu", "cpu", "workers", "compile", "root")
+JOBS = {  # flag: (what it does, the other flags that it takes)
+    "list": (print_known, ()),
+    "bench": (bench, ("weights", "batch_size")),
+    "eval": (evaluate_again, ("data", "weights", "show")),
+    "predict": (predict, ("weights", "show")),
+    "training": (train, (*SETTINGS, "ablate", "out")),
+}
 
 
 def flag(name):
@@ -902,29 +825,20 @@ def command_line():
     return parser
 
 
-def pop_one(flags, name):
-    """Takes out the value of a setting, None if it was not given; ValueError if there are several."""
-    values = flags.pop(name, [None])
-    if len(values) > 1:
-        raise ValueError(f"{flag(name)} takes one value here")
-    return values[0]
-
-
-def refuse(flags, job):
-    """ValueError for a flag that is left over, because it has no part in the job."""
-    for name in flags:
-        raise ValueError(f"{flag(name)} has no part in {job}")
-
-
-JOBS = {"list": print_known, "bench": bench, "eval": evaluate_or_predict, "predict": evaluate_or_predict}
-
-
 def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         flags = vars(command_line().parse_args(argv))
-        failed = next((job for name, job in JOBS.items() if name in flags), train)(flags)
+        job = next((name for name in JOBS if name in flags), "training")
+        function, own = JOBS[job]
+        for name in flags.keys() - {job, *MACHINE, *own}:
+            raise ValueError(f"{flag(name)} has no part in {job if function is train else flag(job)}")
+        for name in flags.keys() & SETTINGS if function is not train else ():
+            flags[name], *more = flags[name]
+            if more:
+                raise ValueError(f"{flag(name)} takes one value here")
+        failed = function(flags, choose_machine(flags))
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:

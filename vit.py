@@ -5,11 +5,9 @@ the other. In shapes, N is the number of patches and d the width of a token.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -153,16 +151,15 @@ NORMALIZE = {  # mean and std per RGB channel of [0, 1]
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-GOOGLE = "https://storage.googleapis.com/vit_models"
-DEIT, MAE, DINO = (f"https://dl.fbaipublicfiles.com/{name}" for name in ("deit", "mae/pretrain", "dino"))
-BACKBONES = {  # name: (address, hash function and first digits of the file's hash ("" is unknown), normalization)
-    "imagenet21k": (f"{GOOGLE}/imagenet21k/ViT-B_16.npz", "md5", "d9715d", "half"),
-    "deit-tiny": (f"{DEIT}/deit_tiny_patch16_224-a1311bcf.pth", "sha256", "a1311bcf", "imagenet"),
-    "deit-small": (f"{DEIT}/deit_small_patch16_224-cd65a155.pth", "sha256", "cd65a155", "imagenet"),
-    "deit-base": (f"{DEIT}/deit_base_patch16_224-b5f2ef4d.pth", "sha256", "b5f2ef4d", "imagenet"),
-    "mae": (f"{MAE}/mae_pretrain_vit_base.pth", "sha256", "", "imagenet"),
-    "dino-small": (f"{DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", "sha256", "", "imagenet"),
-    "dino-base": (f"{DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "sha256", "", "imagenet"),
+GOOGLE, META = "https://storage.googleapis.com/vit_models", "https://dl.fbaipublicfiles.com"
+BACKBONES = {  # name: (address, first digits of the file's SHA-256 where they are known, normalization)
+    "imagenet21k": (f"{GOOGLE}/imagenet21k/ViT-B_16.npz", None, "half"),
+    "deit-tiny": (f"{META}/deit/deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf", "imagenet"),
+    "deit-small": (f"{META}/deit/deit_small_patch16_224-cd65a155.pth", "cd65a155", "imagenet"),
+    "deit-base": (f"{META}/deit/deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d", "imagenet"),
+    "mae": (f"{META}/mae/pretrain/mae_pretrain_vit_base.pth", None, "imagenet"),
+    "dino-small": (f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None, "imagenet"),
+    "dino-base": (f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", None, "imagenet"),
 }
 
 
@@ -171,8 +168,7 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
 
     weights     a name in `BACKBONES`, downloaded once, or a file: Google's .npz; .safetensors, .pth or
                 .pt with the tensor names of timm (DeiT, MAE and DINO have them) or of torchvision
-    image_size  pixels; position embeddings are interpolated to its grid (a square number of them is
-                taken for a square grid)
+    image_size  pixels, an int or (height, width); position embeddings are interpolated to its grid
     heads       None: as the file says (only .npz does), else width / 64, which is wrong for ViT-H
     normalize   "half" or "imagenet"; None: as the table says, for other files "half" if .npz
 
@@ -192,6 +188,24 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
     own = BACKBONES[str(weights)][-1] if known else "half" if path.suffix == ".npz" else "imagenet"
     vit.normalize = normalize or own
     return vit
+
+
+def download(name):
+    """Path of a backbone of the table, fetched once into PyTorch's cache; OSError if it does not arrive whole."""
+    url, sha256, _ = BACKBONES[name]
+    path = Path(torch.hub.get_dir(), "checkpoints", name + Path(url).suffix)
+    part = path.with_stem(f"{name}.part")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(part), sha256)
+            vit_from_tensors(read_tensors(part))  # tells damage where no checksum is known
+            part.replace(path)
+        except Exception as error:  # the network's, the checksum's, the file's
+            raise OSError(f"cannot download {url} ({error}); fetch it and give --weights PATH") from None
+        finally:
+            part.unlink(missing_ok=True)
+    return path
 
 
 # Tensors of published files that the encoder has no use for: classifiers, DINO's head, MAE's decoder.
@@ -225,7 +239,7 @@ def vit_from_tensors(tensors, image_size=None, heads=None):
     side = math.isqrt(positions - 1)
     image_size = image_size or tuple(side * patch for patch in patch_size)
     vit = VisionTransformer(image_size, patch_size, dim, depth, heads or dim // 64, hidden / dim)
-    if positions == 1 + side**2:  # a square grid; any other has to fit as it is
+    if positions == 1 + side**2:  # taken for a square grid; any other has to fit as it is
         tensors["pos_embed"] = interpolate_positions(tensors["pos_embed"], (side, side), vit.grid)
     vit.load_state_dict(tensors)  # strict: names what is missing, left over or of another shape
     return vit
@@ -291,29 +305,19 @@ def read_safetensors(content):
     return tensors
 
 
-def rename(tensors, names):
-    """Applies a table {pattern: replacement} to the tensors' names, in its order."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
-
-
 def from_google(arrays):
     """Google's names and layouts -> (tensors by timm's names, number of heads)."""
     tensors = rename(arrays, GOOGLE_NAMES)
     _, heads, _ = shape_of(tensors, "blocks.0.attn.query.weight", 3)  # (d, heads, d / heads)
     for name, tensor in tensors.items():
         if name == "patch_embed.proj.weight":
-            tensors[name] = tensor.permute(3, 2, 0, 1)  # HWIO -> OIHW
+            tensors[name] = tensor.permute(3, 2, 0, 1)  # height, width, in, out -> out, in, height, width
         elif name.endswith("attn.proj.weight"):
             tensors[name] = tensor.flatten(0, 1).T  # (heads, d / heads, d) -> (d, d)
-        elif re.search(r"attn\.(query|key|value)", name):
-            tensors[name] = tensor.flatten(1).T if name.endswith("weight") else tensor.flatten()
-        elif re.search(r"mlp\.fc.\.weight", name):
-            tensors[name] = tensor.T
+        elif re.search(r"\.(attn|mlp)\..*weight$", name):
+            tensors[name] = tensor.flatten(1).T  # in, out (of q, k, v: heads, d / heads) -> out, in
+        elif name.endswith("bias"):
+            tensors[name] = tensor.flatten()
     return join_qkv(tensors), heads
 
 
@@ -323,6 +327,16 @@ def join_qkv(tensors):
         parts = [tensors.pop(name.replace("query", part)) for part in ("query", "key", "value")]
         tensors[name.replace("query", "qkv")] = torch.cat(parts)
     return tensors
+
+
+def rename(tensors, names):
+    """Applies a table {pattern: replacement} to the tensors' names, in its order."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
 
 
 GOOGLE_NAMES = {
@@ -351,22 +365,3 @@ TORCHVISION_NAMES = {
     r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",
     r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
 }
-
-
-def download(name):
-    """Path of a backbone of the table, fetched once into PyTorch's cache; OSError if it does not arrive whole."""
-    url, algorithm, digits, _ = BACKBONES[name]
-    path = Path(torch.hub.get_dir(), "checkpoints", name + Path(url).suffix)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-            part = Path(folder, path.name)
-            try:
-                torch.hub.download_url_to_file(url, str(part))
-                if not hashlib.new(algorithm, part.read_bytes()).hexdigest().startswith(digits):
-                    raise ValueError("it arrived damaged")
-                vit_from_tensors(read_tensors(part))  # tells damage where no hash is known
-            except Exception as error:  # the network's, the checksum's, the file's
-                raise OSError(f"cannot download {url} ({error}); fetch it and give --weights PATH") from None
-            part.replace(path)
-    return path
