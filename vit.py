@@ -98,9 +98,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, mlp_ratio=4, normalize="half"):
         super().__init__()
-        self.image_size, self.patch_size = (
-            (size, size) if isinstance(size, int) else tuple(size) for size in (image_size, patch_size)
-        )
+        sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in (image_size, patch_size)]
+        self.image_size, self.patch_size = sizes
         if any(side < patch or side % patch for side, patch in zip(self.image_size, self.patch_size)):
             raise ValueError(f"image size {self.image_size} is not a multiple of patch size {self.patch_size}")
         if dim % heads:
@@ -151,9 +150,9 @@ NORMALIZE = {  # mean and std per RGB channel of [0, 1]
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-GOOGLE, META = "https://storage.googleapis.com/vit_models", "https://dl.fbaipublicfiles.com"
+META = "https://dl.fbaipublicfiles.com"
 BACKBONES = {  # name: (address, first digits of the file's SHA-256 where they are known, normalization)
-    "imagenet21k": (f"{GOOGLE}/imagenet21k/ViT-B_16.npz", None, "half"),
+    "imagenet21k": ("https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz", None, "half"),
     "deit-tiny": (f"{META}/deit/deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf", "imagenet"),
     "deit-small": (f"{META}/deit/deit_small_patch16_224-cd65a155.pth", "cd65a155", "imagenet"),
     "deit-base": (f"{META}/deit/deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d", "imagenet"),
@@ -172,8 +171,8 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
     heads       None: as the file says (only .npz does), else width / 64, which is wrong for ViT-H
     normalize   "half" or "imagenet"; None: as the table says, for other files "half" if .npz
 
-    Nothing in the file is executed. Raises FileNotFoundError if it is not there, OSError if it cannot be
-    downloaded, and ValueError if it is no plain ViT, naming the tensor that does not fit.
+    Nothing in the file is executed. Raises OSError if it is not there or cannot be downloaded, and
+    ValueError, naming the tensor that does not fit, if it is no plain ViT.
     """
     known = str(weights) in BACKBONES
     path = download(str(weights)) if known else Path(weights)
@@ -181,10 +180,8 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
         raise FileNotFoundError(f"there is no weights file {path}; known by name are {', '.join(BACKBONES)}")
     try:
         vit = vit_from_tensors(read_tensors(path), image_size, heads)
-    except KeyError as error:
-        raise ValueError(f"{path} is no ViT: it has no tensor {error}") from None
-    except (IndexError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is no plain ViT: {error}") from None
     own = BACKBONES[str(weights)][-1] if known else "half" if path.suffix == ".npz" else "imagenet"
     vit.normalize = normalize or own
     return vit
@@ -215,23 +212,24 @@ OTHER_ARCHITECTURE = re.compile(r".*(\.ls[12]\.|\.gamma_[12]$|reg_token|register
 
 
 def vit_from_tensors(tensors, image_size=None, heads=None):
-    """The VisionTransformer with these tensors, by the names of timm, torchvision or Google.
+    """The VisionTransformer with these tensors, by the names of timm, torchvision or Google; errors name the tensor.
 
-    `image_size` None is the size that the position embeddings are for. Raises KeyError, RuntimeError or
-    ValueError, naming a tensor that does not fit.
+    `image_size` None is the size that the position embeddings are for.
     """
-    if "embedding/kernel" in tensors:
+    tensors = rename(tensors, NAMES)
+    if "blocks.0.attn.query.weight" in tensors:
         tensors, file_heads = from_google(tensors)
         if heads not in (None, file_heads):
             raise ValueError(f"it has {file_heads} heads, not {heads}")
         heads = file_heads
-    tensors = rename(tensors, TORCHVISION_NAMES)
     tensors = {name: tensor.float() for name, tensor in tensors.items() if not NOT_ENCODER.match(name)}
     for name in filter(OTHER_ARCHITECTURE.match, tensors):
         raise ValueError(f"{name} (LayerScale, registers, distillation) is of another architecture than the plain ViT")
-    dim, _, *patch_size = shape_of(tensors, "patch_embed.proj.weight", 4)
-    hidden, _ = shape_of(tensors, "blocks.0.mlp.fc1.weight", 2)
-    _, positions, _ = shape_of(tensors, "pos_embed", 3)
+    for name, ndim in {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}.items():
+        if tensors[name].ndim != ndim or 0 in tensors[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {ndim} dimensions")
+    dim, _, *patch_size = tensors["patch_embed.proj.weight"].shape
+    hidden, positions = len(tensors["blocks.0.mlp.fc1.weight"]), tensors["pos_embed"].size(1)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     if heads is None and dim % 64:
         raise ValueError(f"its width {dim} is not a multiple of 64: give the number of heads (--heads)")
@@ -243,14 +241,6 @@ def vit_from_tensors(tensors, image_size=None, heads=None):
         tensors["pos_embed"] = interpolate_positions(tensors["pos_embed"], (side, side), vit.grid)
     vit.load_state_dict(tensors)  # strict: names what is missing, left over or of another shape
     return vit
-
-
-def shape_of(tensors, name, ndim):
-    """The shape of a tensor that tells sizes; ValueError, naming it, if it has not `ndim` dimensions."""
-    shape = tuple(tensors[name].shape)
-    if len(shape) != ndim or 0 in shape:
-        raise ValueError(f"{name} has shape {shape}, not {ndim} dimensions")
-    return shape
 
 
 def read_tensors(path):
@@ -305,10 +295,9 @@ def read_safetensors(content):
     return tensors
 
 
-def from_google(arrays):
-    """Google's names and layouts -> (tensors by timm's names, number of heads)."""
-    tensors = rename(arrays, GOOGLE_NAMES)
-    _, heads, _ = shape_of(tensors, "blocks.0.attn.query.weight", 3)  # (d, heads, d / heads)
+def from_google(tensors):
+    """Google's layouts -> (timm's, number of heads); the names are timm's, but for those of q, k and v."""
+    heads = tensors["blocks.0.attn.query.weight"].size(1)  # of (d, heads, d / heads)
     for name, tensor in tensors.items():
         if name == "patch_embed.proj.weight":
             tensors[name] = tensor.permute(3, 2, 0, 1)  # height, width, in, out -> out, in, height, width
@@ -331,37 +320,24 @@ def join_qkv(tensors):
 
 def rename(tensors, names):
     """Applies a table {pattern: replacement} to the tensors' names, in its order."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+    for pattern, replacement in names.items():
+        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
-GOOGLE_NAMES = {
-    r"^cls$": "cls_token",
-    r"^Transformer/posembed_input/pos_embedding$": "pos_embed",
-    r"^embedding/": "patch_embed.proj.",
-    r"^Transformer/encoder_norm/": "norm.",
+NAMES = {  # Google's and torchvision's -> timm's
+    r"^(cls|class_token)$": "cls_token",
+    r"^(Transformer/posembed_input/pos_embedding|encoder\.pos_embedding)$": "pos_embed",
+    r"^(embedding/|conv_proj\.)": "patch_embed.proj.",
+    r"^(Transformer/encoder_norm/|encoder\.ln\.)": "norm.",
     r"^Transformer/encoderblock_(\d+)/": r"blocks.\1.",
-    r"LayerNorm_0/": "norm1.",
-    r"LayerNorm_2/": "norm2.",
-    r"MlpBlock_3/Dense_0/": "mlp.fc1.",
-    r"MlpBlock_3/Dense_1/": "mlp.fc2.",
-    r"MultiHeadDotProductAttention_1/out/": "attn.proj.",
-    r"MultiHeadDotProductAttention_1/(\w+)/": r"attn.\1.",
-    r"(kernel|scale)$": "weight",
-}
-TORCHVISION_NAMES = {
-    r"^class_token$": "cls_token",
-    r"^conv_proj\.": "patch_embed.proj.",
-    r"^encoder\.pos_embedding$": "pos_embed",
-    r"^encoder\.ln\.": "norm.",
     r"^encoder\.layers\.encoder_layer_": "blocks.",
-    r"\.ln_([12])\.": r".norm\1.",
-    r"\.self_attention\.in_proj_": ".attn.qkv.",
-    r"\.self_attention\.out_proj\.": ".attn.proj.",
-    r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",
-    r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
+    r"LayerNorm_0/|\bln_1\.": "norm1.",
+    r"LayerNorm_2/|\bln_2\.": "norm2.",
+    r"MlpBlock_3/Dense_0/|mlp\.(0|linear_1)\.": "mlp.fc1.",
+    r"MlpBlock_3/Dense_1/|mlp\.(3|linear_2)\.": "mlp.fc2.",
+    r"MultiHeadDotProductAttention_1/out/|self_attention\.out_proj\.": "attn.proj.",
+    r"MultiHeadDotProductAttention_1/(\w+)/": r"attn.\1.",
+    r"self_attention\.in_proj_": "attn.qkv.",
+    r"(kernel|scale)$": "weight",
 }
