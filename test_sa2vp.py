@@ -785,11 +785,15 @@ def test_weights_by_name_are_downloaded_once_and_a_damaged_file_is_not_kept(
     shutil.copy(files / "vit.pth", source)
     digits = hashlib.sha256(source.read_bytes()).hexdigest()[:8] if hashed else None
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache))
-    monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", digits, "half"))
-    server.cut.add("/tiny.pth")
+    if hashed:
+        monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", "00000000", "half"))
+    else:
+        monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", None, "half"))
+        server.cut.add("/tiny.pth")
     assert "fetch it and give --weights PATH" in refusal(capsys, command(*tiny))
     assert [path for path in cache.rglob("*") if path.is_file()] == []
     server.cut.clear()
+    monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", digits, "half"))
     out = run(*tiny)
     assert "deit-tiny: width 64, 5 layers, 1 heads, patch 32, image 224, normalization half" in capsys.readouterr().out
     asked = len(server.asked)
@@ -1347,6 +1351,10 @@ def test_vtab_is_searched_on_train800_and_val200_without_test_data(run, command)
     rows = table(Path("run/results.csv"))
     assert [bool(row["val_accuracy"]) for row in rows] == [True, True] and not any(row["accuracy"] for row in rows)
     Path("hidden.txt").rename(lists / "test.txt")
+    (lists / "val200.txt").rename("hidden.txt")
+    assert fail(command(*flags, "--out", "unsearched")) == 2  # a search that could not run chooses and tests nothing
+    assert not list(Path("unsearched").rglob("*.pt"))
+    Path("hidden.txt").rename(lists / "val200.txt")
     rows = table(run(*flags) / "results.csv")
     best = max(rows, key=lambda row: float(row["val_accuracy"]))
     assert [bool(row["accuracy"]) for row in rows] == [row is best for row in rows]
