@@ -135,7 +135,7 @@ class BilateralInteraction(nn.Module):
 
     def __init__(self, vit, prompt_grid, inner_dim, scale, dropout, window, distills, fuses, last):
         super().__init__()
-        grids = (prompt_grid, vit.grid) if distills else (vit.grid, prompt_grid)  # of X, which asks, and Y, which answers
+        grids = (prompt_grid, vit.grid) if distills else (vit.grid, prompt_grid)  # of X (queries) and Y (keys, values)
         # In the last layer only the class token asks, and it attends to all.
         mask = None if window is None or last else aligned_neighbourhood(*grids, window)
         self.cross_attention = SpatiallyAlignedCrossAttention(mask, dropout)
@@ -150,13 +150,13 @@ class BilateralInteraction(nn.Module):
         """
         qb, kb, vb = layer.qkv(base)
         qp, kp, vp = layer.qkv(prompt)
-        on = slice(1) if self.last else slice(None)  # the tokens that go on
-        base, qb, prompt, qp = base[:, on], qb[:, :, on], prompt[:, on], qp[:, :, on]
+        kept = slice(1) if self.last else slice(None)  # only the class tokens leave the last layer
+        base, qb, prompt, qp = base[:, kept], qb[:, :, kept], prompt[:, kept], qp[:, :, kept]
 
         next_base = layer.finish(base, qb, kb, vb)  # T_i(B_i)
         next_prompt = layer.finish(prompt, qp, kp, vp)  # T_i(P_i)
-        if self.fusion:  # Eq. (7)
-            next_prompt = next_prompt + self.fusion(layer)[:, on]
+        if self.fusion is not None:  # Eq. (7)
+            next_prompt = next_prompt + self.fusion(layer)[:, kept]
         if self.distills:  # Eq. (6)
             next_prompt = next_prompt + self.scale * self.adapter(self.cross_attention(layer, prompt, qp, kb, vb))
         else:  # Eq. (5)
@@ -391,8 +391,8 @@ def read_checkpoint(path):
     """What a best.pt or last.pt holds, a dict; nothing in it is executed. ValueError if it is something else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {name: checkpoint[name] for name in CHECKPOINT}  # KeyError if it lacks one
-    except FileNotFoundError:
+        return {name: checkpoint.pop(name) for name in CHECKPOINT} | checkpoint  # KeyError if it lacks one
+    except OSError:
         raise
     except Exception as error:  # torch raises whatever the bytes happen to provoke
         raise ValueError(f"{path} is no checkpoint of this project") from error
@@ -408,6 +408,8 @@ def load(path, weights=None):
     """
     meta = read_checkpoint(path)
     weights = weights or meta["settings"]["weights"]
+    if weights is None:
+        raise ValueError(f"{path} was trained from scratch: there is no backbone to put it on")
     vit = load_vit(weights, **meta["backbone"])
     if fingerprint(vit) != meta["fingerprint"]:
         raise ValueError(f"{path} was tuned on another backbone than {weights}")

@@ -904,8 +904,11 @@ def test_a_gpu_without_bfloat16_in_hardware_takes_float16_and_a_scaler(settings,
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: hardware or including_emulation)
     machine = train.choose_machine({})
     assert machine.dtype == dtype and machine.device == torch.device("cuda", 0)
-    train.fit(settings(), tmp_path, CPU._replace(dtype=dtype), {})
-    scaler = checkpoint(tmp_path / "last.pt")["scaler"]  # {} where it is off
+    one = settings(epochs=2)
+    train.fit(one, tmp_path, CPU._replace(dtype=dtype), {})
+    last = checkpoint(tmp_path / "last.pt")
+    scaler = last["scaler"]  # {} where it is off
+    train.fit(one, tmp_path, CPU._replace(dtype=torch.float16), last | {"history": last["history"][:1]})  # goes on with one
     assert bool(scaler) != hardware
     assert not scaler or scaler["_growth_tracker"] + (scaler["scale"] < 65536) > 0  # it took part
 
@@ -968,12 +971,18 @@ def test_a_run_of_other_settings_or_another_backbone_is_refused(run, command, fi
     assert "holds a run with lr 0.01, not 0.02" in refusal(capsys, command(*flags, 0.02))
     (out / "result.json").unlink()
     torch.save(vit.VisionTransformer(224, 32, 64, 5, 1).state_dict(), "vit.pth")
-    assert "begun on another backbone" in refusal(capsys, command(*flags, 0.01))
+    assert "another backbone or on other classes" in refusal(capsys, command(*flags, 0.01))
     (out / "last.pt").write_bytes(b"something else")
     assert "no checkpoint of this project" in refusal(capsys, command(*flags, 0.01))
     (out / "last.pt").unlink()
     shutil.copy(files / "vit.pth", "vit.pth")
+    write(out, {"result.json": {"accuracy": 99.0}})  # of the run whose last.pt was taken away: no result of this one
     same(before, outcome(run("--lr", 0.01, "--weights", "vit.pth")))
+    make_folder(Path("pictures"))
+    run("--data", "pictures", out="pictures-run")
+    (Path("pictures-run") / "result.json").unlink()
+    Path("pictures/train/bee").rename("pictures/train/cow"), Path("pictures/test/bee").rename("pictures/test/cow")
+    assert "other classes" in refusal(capsys, command("--data", "pictures", "--out", "pictures-run"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(command, capsys):
@@ -1693,6 +1702,7 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
     assert "pre-training" not in capsys.readouterr().out
     assert sorted(os.listdir("runs")) == ["shapes-linear-epochs2", "shapes-sa2vp-epochs2", "shapes-vit"]
     assert vit.load_vit("runs/shapes-vit/vit.pt", data.SIDE).normalize == "imagenet"
+    assert "trained from scratch" in refusal(capsys, ["--eval", "runs/shapes-vit/best.pt", "--cpu"])
 
 
 # ---------------------------------------------------------------------- the command line, files and words

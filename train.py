@@ -1,11 +1,11 @@
 """Tunes a pre-trained ViT on a data set: `python train.py --data cub --gpu 0`, or `--help` for all settings.
 
-A run reads its data, puts a method on a frozen backbone, trains it for some epochs and keeps the epoch of
-highest validation accuracy, with which it reads the test data, once, at its end. Its folder holds
-metrics.csv (a row per epoch), best.pt (the kept epoch), last.pt (the last whole epoch, from which the same
-command goes on after an interruption) and result.json.
+A run reads its data, puts a method on a frozen backbone, trains it for some epochs, keeps the epoch of
+highest validation accuracy (without validation data, as in VTAB-1k, the last), and evaluates it once on the
+test data. Its folder holds metrics.csv (a row per epoch), best.pt (the kept epoch), last.pt (the last whole
+epoch, from which the same command goes on after an interruption) and result.json.
 
-Any setting may be given several values. Every command is a list of runs; several end with a table.
+Any setting may be given several values. A training command is a list of runs; several end with a table.
 """
 
 import argparse
@@ -51,7 +51,7 @@ BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError)  # ends in one sentenc
 
 
 class Machine(NamedTuple):
-    """What a run computes on. None of it changes what is computed, but for rounding."""
+    """What a run computes on. None of it is a setting of the method."""
 
     device: torch.device
     dtype: torch.dtype  # of matrix products
@@ -73,7 +73,7 @@ def fit(settings, out, machine, state, test=True):
     model, meta = build_model(settings, backbone, splits.classes, machine)
     optimizer = make_optimizer(model, settings["weight_decay"])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    history = go_on(state, meta, model, optimizer, scaler)  # a dict for each epoch
+    history = restore(state, meta, model, optimizer, scaler)  # a dict for each epoch
     network, training_network = wrap(model, machine)
     loader = partial(make_loader, meta=meta, machine=machine)
     log(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
@@ -92,12 +92,13 @@ def fit(settings, out, machine, state, test=True):
         state = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
         if best_epoch(history) is history[-1]:
             save(out / "best.pt", state)
-        save(out / "last.pt", state | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
         save(out / "metrics.csv", history)
+        save(out / "last.pt", state | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
 
     # The test data is used here, once, with the epoch that was kept.
-    best = best_epoch(history)
-    sa2vp.load_trained(model, sa2vp.read_checkpoint(out / "best.pt")["trained"])
+    kept = sa2vp.read_checkpoint(out / "best.pt")
+    best = kept["history"][-1]
+    sa2vp.load_trained(model, kept["trained"])
     accuracy, prompt_accuracy = evaluate(network, loader(splits.test if test else []), machine)
     result = dict(
         method=settings["method"], data=data.find(settings["data"]).name, seed=settings["seed"],
@@ -120,9 +121,9 @@ def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, labels = (tensor.to(machine.device, non_blocking=True) for tensor in (images, labels))
+        optimizer.zero_grad()
         with autocast(machine):
             loss = sa2vp.two_pathway_loss(model(images), labels)
-        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -135,7 +136,7 @@ def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
 
 @torch.inference_mode()
 def evaluate(model, batches, machine):
-    """Accuracy in percent of each pathway, (base, prompt); None for one that the method has not, or for no pictures."""
+    """Accuracy in percent of each pathway, (base, prompt); None for one that does not exist, or without pictures."""
     model.eval()
     totals, logits = torch.zeros(3, device=machine.device), ()  # correct by base, correct by prompt, pictures
     for images, labels in batches:
@@ -163,8 +164,8 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
     """Linear warm-up from 0 to the peak, then a cosine down to the floor; steps count from 0."""
     if step < warmup_steps:
         return peak * step / max(1, warmup_steps - 1)
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+    done = (step - warmup_steps) / (total_steps - warmup_steps)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2
 
 
 def best_epoch(history):
@@ -180,7 +181,7 @@ def autocast(machine):
 
 
 def seed_from(*numbers):
-    """A seed that follows from several numbers, so that no two tuples share a stream."""
+    """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -227,7 +228,7 @@ def read_inputs(settings, machine):
                          f"try another --batch-size")  # fmt: skip
     log(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
         f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
-    guessed = not settings["heads"] and Path(weights or ".npz").suffix not in ("", ".npz")
+    guessed = not settings["heads"] and Path(weights or "").suffix not in ("", ".npz")
     log(f"{weights or 'from scratch'}: width {backbone.dim}, {len(backbone.blocks)} layers, "
         f"{backbone.blocks[0].attn.heads} heads{' (taken as width / 64)' if guessed else ''}, patch "
         f"{backbone.patch_size[0]}, image {backbone.image_size[0]}, normalization {backbone.normalize}")  # fmt: skip
@@ -249,25 +250,28 @@ def build_model(settings, backbone, classes, machine):
     return sa2vp.build(backbone, len(classes), settings).to(machine.device), meta
 
 
-def earlier_state(out, settings):
-    """last.pt of the run in `out`, {} if there is none; ValueError if its settings are others."""
-    state = sa2vp.read_checkpoint(out / "last.pt") if (out / "last.pt").exists() else {}
-    for name in settings.keys() if state else ():
-        then, now = state["settings"].get(name), settings[name]
+def read_last(out, settings):
+    """What last.pt of the run in `out` holds, {} if there is none; ValueError if its settings are others."""
+    if not (out / "last.pt").exists():
+        return {}
+    state = sa2vp.read_checkpoint(out / "last.pt")
+    for name, now in settings.items():
+        then = state["settings"].get(name)
         if then != now:
             raise ValueError(f"{out} holds a run with {name} {text(then)}, not {text(now)}: give another --out")
     return state
 
 
-def go_on(state, meta, model, optimizer, scaler):
+def restore(state, meta, model, optimizer, scaler):
     """Puts the last whole epoch's state, if any, into model, optimizer and scaler; returns the history of the epochs."""
     if not state:
         return []
-    if state["fingerprint"] != meta["fingerprint"]:
-        raise ValueError(f"the run was begun on another backbone than {meta['settings']['weights']} holds now")
+    if (state["fingerprint"], state["classes"]) != (meta["fingerprint"], meta["classes"]):
+        raise ValueError("the run was begun on another backbone or on other classes: give another --out")
     sa2vp.load_trained(model, state["trained"])
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the run was begun without one
+        scaler.load_state_dict(state["scaler"])
     return state["history"]
 
 
@@ -315,8 +319,9 @@ PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32,
 def train(flags, machine):
     """Every run that was asked for, one after another; several end with a table. Returns whether one could not run.
 
-    Where there are combinations, a search comes first: they are run with the first seed and do not read
-    test data, and only the one of highest validation accuracy is run with every seed and tested.
+    If a setting other than data, method and seed has several values, a search comes first: each combination
+    is trained with the first seed, without test data. Only the one of highest validation accuracy is then
+    trained with every seed and tested.
     """
     values, ablate = {name: flags[name] for name in SETTINGS if name in flags}, "ablate" in flags
     combinations, seeds = list_combinations(values, ablate), values.get("seed", [42])
@@ -344,11 +349,11 @@ def train(flags, machine):
             searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
             best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
         tested = [attempt(variant, best | {"seed": seed}) for seed in seeds if any(searched) or not searched]
-        scores[member, variant] = {result["seed"]: result["accuracy"] for result in tested if result}
+        scores[member, variant] = {seed: result.get("accuracy") for seed, result in zip(seeds, tested)}
         for settings, results in zip(choices, [[result] for result in searched] or [tested]):
             found = {"data": row.name, kind: variant, "trainable": results[0].get("trainable") if results else None}
             found["val_accuracy"] = mean(result.get("val_accuracy") for result in results)
-            found |= spread(scores[member, variant] if settings is best else {})
+            found |= mean_and_std(scores[member, variant] if settings is best else {})
             rows.append({name: text(value) for name, value in settings.items()} | found)
     if not single:
         rows += group_rows(scores, seeds, kind)
@@ -367,8 +372,8 @@ def list_combinations(values, ablate=False):
     setting is for the methods that have it.
     """
     variants = ABLATIONS if ablate else {method: {"method": method} for method in values.get("method", ["sa2vp"])}
-    for name in values.keys() & set().union(*ABLATIONS.values()) if ablate else ():
-        raise ValueError(f"{flag(name)} has no part in --ablate, which changes it itself")
+    if changed := ablate and values.keys() & set().union(*ABLATIONS.values()):
+        raise ValueError(f"{flag(min(changed))} has no part in --ablate, which changes it itself")
     members = [member for name in values.get("data", ["shapes"]) for member in data.members(name)]
     combinations, used = {}, set(REPEATED)
     for member, (variant, change) in itertools.product(members, variants.items()):
@@ -377,16 +382,18 @@ def list_combinations(values, ablate=False):
         used |= set(own)
         choices = itertools.product(*(values[name] for name in own))
         combinations[member, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in choices]
-    for name in values.keys() - used:
-        raise ValueError(f"{flag(name)} is no setting of {' or '.join(variants)}")
+    if unused := values.keys() - used:
+        raise ValueError(f"{flag(min(unused))} is no setting of {' or '.join(variants)}")
     return combinations
 
 
 def run(settings, out, machine, test=True):
     """One run, in its folder, from where it stands. One that is finished is kept: its result is returned again."""
-    state, result = earlier_state(out, settings), {}
-    if state and (out / "result.json").exists():
-        result = json.loads((out / "result.json").read_text())
+    state, result, file = read_last(out, settings), {}, out / "result.json"
+    if not state:
+        file.unlink(missing_ok=True)  # of a run whose last.pt was taken away
+    elif file.exists():
+        result = json.loads(file.read_text())
     if not result or test and result["accuracy"] is None:
         if settings["weights"] == str(SMALL_VIT_FILE.resolve()) and not SMALL_VIT_FILE.exists():
             pretrain_small_vit(machine)
@@ -418,7 +425,7 @@ def group_rows(scores, seeds, kind):
         if len(members) == len(parts):
             scores[group, variant] = {seed: mean(score.get(seed) for score in members) for seed in seeds}
             published = data.PUBLISHED.get(variant, {}).get(group)
-            rows.append({"data": group, kind: variant, "published": published} | spread(scores[group, variant]))
+            rows.append({"data": group, kind: variant, "published": published} | mean_and_std(scores[group, variant]))
     return rows
 
 
@@ -428,7 +435,7 @@ def mean(values):
     return statistics.mean(values) if values and None not in values else None
 
 
-def spread(score):
+def mean_and_std(score):
     """{seed: accuracy} -> mean and standard deviation, for a row of a table."""
     accuracy = mean(score.values())
     several = accuracy is not None and len(score) > 1
@@ -456,8 +463,8 @@ def evaluate_again(flags, machine):
         raise ValueError(f"{row.name} has no test pictures of the classes that {flags['eval']} knows")
     model.to(machine.device)
     log(f"test {percent(*evaluate(model, make_loader(splits.test, meta, machine), machine))}")
-    some = np.linspace(0, len(splits.test) - 1, min(flags.get("show", 0), len(splits.test)))
     if "show" in flags:
+        some = np.linspace(0, len(splits.test) - 1, min(flags["show"], len(splits.test)))
         show(flags["eval"], model, meta, [splits.test[round(i)] for i in some])
 
 
@@ -480,7 +487,7 @@ def predict(flags, machine):
             print(f"train.py: {one_line(error)}", file=sys.stderr)
             continue
         with torch.inference_mode(), autocast(machine):
-            (scores,), *_ = model(image[None])
+            scores = model(image[None])[0][0]
         top = scores.float().softmax(dim=0).topk(min(5, len(scores)))
         log(picture)
         for probability, label in zip(top.values.tolist(), top.indices.tolist()):
@@ -513,7 +520,7 @@ def show(path, model, meta, samples):
     }
     if isinstance(model, sa2vp.SA2VP):
         strength = sa2vp.prompting_strength(model, images)
-        columns["change by the prompts\n(orange: most)"] = overlay(seen, strength / strength.amax((1, 2), keepdim=True))
+        columns["change by the prompts\n(orange: most)"] = overlay(seen, strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12))
         columns["prompt map, like prompts\nin like colours"] = principal_colours(model).expand(len(images), -1, -1, -1)
 
     tiles = torch.stack([F.interpolate(tiles, (TILE - 4, TILE - 4)) for tiles in columns.values()], dim=1)
@@ -563,7 +570,7 @@ BENCH = {  # row of the table: (method, its options); the frozen encoder has a l
 
 
 def bench(flags, machine, rounds=7):
-    """--bench: time per image of a step of the loop, and on CUDA the memory it takes, beside the frozen encoder's.
+    """--bench: time per image of a step of the loop beside the frozen encoder's, and on CUDA the memory that it adds.
 
     The rows take turns, so that a noisy machine is noisy for all of them: a row's ratio is the median of
     its ratios to the encoder's in the same round.
@@ -580,16 +587,18 @@ def bench(flags, machine, rounds=7):
         models[name] = wrap(model, machine)[1], make_optimizer(model, 1e-4)
     images = torch.randn(batch_size, 3, *backbone.image_size, device=machine.device)
     batches = [(images, torch.zeros(batch_size, dtype=torch.long, device=machine.device))] * repeats
-    for turn, name in itertools.product(progress(range(-2, rounds), "rounds"), BENCH):
-        start, before = time.perf_counter(), torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats() if cuda else None
-        if name.startswith("train"):
-            train_epoch(models[name][0], batches, models[name][1], scaler, settings, 0, machine)
-        else:
-            evaluate(models[name][0], batches, machine)
-        if turn >= 0:  # the first two warm up
-            times[name].append(time.perf_counter() - start)
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+    for turn in progress(range(-2, rounds), "rounds"):
+        for name, (network, optimizer) in models.items():
+            start, before = time.perf_counter(), torch.cuda.memory_allocated()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            if name.startswith("train"):
+                train_epoch(network, batches, optimizer, scaler, settings, 0, machine)
+            else:
+                evaluate(network, batches, machine)
+            if turn >= 0:  # the first two warm up
+                times[name].append(time.perf_counter() - start)
+                memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
 
     for name in BENCH:
         encoder = f"{name.split(':')[0]}: frozen encoder"
@@ -649,7 +658,7 @@ def print_known(flags, machine):
 
 
 def text(value):
-    """A setting's value as it is given on the command line."""
+    """A value as tables, messages and folder names have it."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
@@ -672,7 +681,7 @@ def log(message=""):
 
 
 def one_line(error):
-    """What an error says, on one line; from a loader's worker it comes below that process's traceback."""
+    """What an error says, on one line. One from a DataLoader's worker carries a traceback: its last line is taken."""
     message = str(error).strip() or type(error).__name__
     if message.startswith("Caught "):
         message = message.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
@@ -767,10 +776,10 @@ SETTINGS = {  # flags that are settings of a run: (type, what --help says); the 
     "data": (str, f"names from --list, groups ({', '.join(data.GROUPS)}) or folders; default shapes"),
     "method": (str, f"{', '.join(sa2vp.METHODS)}; default sa2vp"),
     "seed": (NATURAL, "default 42"),
-    "weights": (str, f"the backbone: a file, or {', '.join(vit.BACKBONES)}; default imagenet21k"),
+    "weights": (str, f"the backbone: a file, or {', '.join(vit.BACKBONES)}; default the data set's"),
     "heads": (COUNT, "of the backbone; default as the file says, else width / 64"),
     "normalize": (str, f"of the backbone's input: {', '.join(vit.NORMALIZE)}; default as the backbone's kind expects"),
-    "image_size": (COUNT, "pixels, a multiple of the patch size; default 224"),
+    "image_size": (COUNT, "pixels, a multiple of the patch size; default the data set's"),
     "epochs": (COUNT, "default 100"),
     "warmup_epochs": (NATURAL, "default a tenth of the epochs"),
     "batch_size": (COUNT, "default the data set's"),
@@ -802,7 +811,7 @@ def flag(name):
 
 
 def command_line():
-    """The parser. What is not given stays away."""
+    """The parser. A flag that is not given is absent from its result."""
     parser = CommandLine(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument_group("settings of a run, each with one value or several").add_argument
@@ -813,7 +822,7 @@ def command_line():
     add("--root", type=Path, metavar="PATH", help="where data sets are kept; default data")
     add("--gpu", type=NATURAL, metavar="N", help="this GPU; default the best device there is")
     add("--cpu", action="store_true", help="no GPU")
-    add("--workers", type=number(int, 0, 101), metavar="N", help="processes that load pictures; default one for a CPU")
+    add("--workers", type=number(int, 0, 101), metavar="N", help="processes that load pictures; default one per CPU, at most 16")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--show", type=number(int, 1, 101), metavar="N", help="with --eval, --predict: draw what it looks at, show.png")
     add = parser.add_argument_group("instead of plain training").add_mutually_exclusive_group().add_argument
@@ -832,8 +841,8 @@ def main(argv=None):
         flags = vars(command_line().parse_args(argv))
         job = next((name for name in JOBS if name in flags), "training")
         function, own = JOBS[job]
-        for name in flags.keys() - {job, *MACHINE, *own}:
-            raise ValueError(f"{flag(name)} has no part in {job if function is train else flag(job)}")
+        if others := flags.keys() - {job, *MACHINE, *own}:
+            raise ValueError(f"{flag(min(others))} has no part in {job if function is train else flag(job)}")
         for name in flags.keys() & SETTINGS if function is not train else ():
             flags[name], *more = flags[name]
             if more:
@@ -844,18 +853,18 @@ def main(argv=None):
     except KeyboardInterrupt:
         command = f"torchrun --nproc_per_node={LOCAL_WORLD}" if WORLD > 1 else "python"
         message = f"interrupted; the same command goes on: {command} train.py {shlex.join(argv)}"
-        leave(130, message if RANK == 0 else "")
+        exit_with(130, message if RANK == 0 else "")
     except BAD_INPUT as error:
-        leave(2, f"train.py: {one_line(error)}")
+        exit_with(2, f"train.py: {one_line(error)}")
     except Exception:
         if WORLD == 1:
             raise
-        leave(2, traceback.format_exc())
+        exit_with(2, traceback.format_exc())
     if failed:
         sys.exit(2)
 
 
-def leave(code, message):
+def exit_with(code, message):
     """Exits with a message. One of several processes does so at once, without waiting for the others: torchrun ends them."""
     print(message, file=sys.stderr, end="\n" if message else "", flush=True)
     if WORLD > 1:
