@@ -189,8 +189,7 @@ class SA2VP(nn.Module):
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
-            raise ValueError(f"layers in F, {sorted(fusion)}, must be among those in D, {sorted(distill)}, "
-                             f"and those among 0 to {depth - 1}")  # fmt: skip
+            raise ValueError(f"F, {sorted(fusion)}, must be a subset of D, {sorted(distill)}, and D of 0 to {depth - 1}")
         half = tuple(max(1, side // 2) for side in vit.grid)
 
         self.prompt_grid = half if prompt_grid == "half" else tuple(prompt_grid or vit.grid)

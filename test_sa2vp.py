@@ -424,8 +424,8 @@ def test_neighbourhoods_have_the_sizes_the_method_gives(grid, other, corner, inn
         ({"window": 0}, "odd and positive"),
         ({"window": 2}, "odd and positive"),
         ({"window": 1, "prompt_grid": (2, 2)}, "nothing to attend to"),  # and not NaN
-        ({"distill_layers": (0,), "fusion_layers": (4,)}, "must be among"),
-        ({"distill_layers": (0, 5)}, "must be among"),
+        ({"distill_layers": (0,), "fusion_layers": (4,)}, "must be a subset"),
+        ({"distill_layers": (0, 5)}, "must be a subset"),
     ],
 )
 def test_options_out_of_range_are_refused(options, says):
@@ -1578,7 +1578,7 @@ def test_a_run_that_cannot_run_is_named_and_the_rest_still_runs(command, small_g
     monkeypatch.setattr(train, "ABLATIONS", {"full-method": {}, "impossible": {"fusion_layers": (1,)}})
     for flags in ([], ["--lr", 1e-2, 1e-3]):  # a search, of which no run could run, tests none
         error = fail(command("--ablate", *flags, "--out", f"ablation{len(flags)}")), capsys.readouterr().err
-        assert error[0] == 2 and "could not run: layers in F, [1], must be among" in error[1]
+        assert error[0] == 2 and "could not run: F, [1], must be a subset" in error[1]
         rows = table(Path(f"ablation{len(flags)}/results.csv"))
         assert {row["variant"] for row in rows if row["accuracy"]} == {"full-method"}
         assert len(rows) == (4 if flags else 2)
@@ -1731,8 +1731,8 @@ def test_the_list_has_a_line_for_each_data_set_and_each_backbone(capsys):
         ("--prompt-grid 0x7", "--prompt-grid"),
         ("--prompt-grid 2x2 --window 1", "nothing to attend to"),
         ("--window 2", "odd and positive"),
-        ("--distill-layers 0,9", "must be among"),
-        ("--fusion-layers 1", "must be among"),
+        ("--distill-layers 0,9", "must be a subset"),
+        ("--fusion-layers 1", "must be a subset"),
         ("--method linear --window 3", "--window is no setting of linear"),
         ("--method magic", "invalid choice: 'magic'"),
         ("--normalize magic", "invalid choice: 'magic'"),

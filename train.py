@@ -337,7 +337,7 @@ def train(flags, machine):
         try:
             return run(settings, folder, machine, test)
         except BAD_INPUT as error:
-            if WORLD > 1:  # the other processes are still in there
+            if single or WORLD > 1:  # other processes would still be in there
                 raise
             failures.append(folder)
             print(f"train.py: {folder.name} could not run: {one_line(error)}", file=sys.stderr)

@@ -181,7 +181,7 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
     try:
         vit = vit_from_tensors(read_tensors(path), image_size, heads)
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is no plain ViT: {error}") from None
+        raise ValueError(f"cannot use {path} as a plain ViT: {error}") from None
     own = BACKBONES[str(weights)][-1] if known else "half" if path.suffix == ".npz" else "imagenet"
     vit.normalize = normalize or own
     return vit
