@@ -653,7 +653,7 @@ def print_table(rows):
 def print_known(flags, machine):
     """--list: the data sets with SA2VP's settings for them, and the backbones."""
     columns = ("name", "classes", "crop", "inner_dim", "scale", "batch_size", "fusion_layers", "source")
-    print_table([{column: text(getattr(row, column)) for column in columns} for row in data.ROWS])
+    print_table([{column: getattr(row, column) for column in columns} for row in data.ROWS])
     print_table([{"weights": name, "normalize": known[-1], "source": known[0]} for name, known in vit.BACKBONES.items()])
 
 
