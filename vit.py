@@ -1,7 +1,7 @@
 """A plain Vision Transformer (ViT), written out by hand, and the readers of its published weights.
 
-This file knows nothing of prompts. Modules have timm's names, so that a state dict of one loads into
-the other. In shapes, N is the number of patches and d the width of a token.
+It knows nothing of prompts. Modules have timm's names, so that a state dict of one loads into the other.
+In shapes, N is the number of patches and d the width of a token.
 """
 
 import argparse
@@ -32,8 +32,8 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask=None):
         """Wo softmax(q k^T / sqrt(d / heads)) v: a token for each query, (batch, queries, d).
 
-        A batch of one, in q or in k and v, serves the whole batch of the other. `mask` (queries, keys)
-        is True where a query attends to a key; None is True everywhere.
+        A batch of one, in q or in k and v, serves that of the other. `mask` (queries, keys), if any, is True where
+        a query attends to a key.
         """
         batch = max(len(q), len(k))
         q, k, v = (tensor.expand(batch, -1, -1, -1) for tensor in (q, k, v))
@@ -91,9 +91,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT encoder: images (batch, 3, height, width) -> class token after the final LayerNorm, (batch, d).
 
-    `image_size` and `patch_size` are in pixels, an int or (height, width); ValueError if they do not
-    divide. `normalize` names the normalization that the weights expect, a key of `NORMALIZE`. Dropout is
-    off, until a method that tunes the model sets the rate of its `nn.Dropout` modules.
+    `image_size` and `patch_size` are in pixels, an int or (height, width). `normalize` names what the
+    weights expect, a key of `NORMALIZE`. Dropout is off, until a method sets the rate of its modules.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, mlp_ratio=4, normalize="half"):
@@ -171,8 +170,7 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
     heads       None: as the file says (only .npz does), else width / 64, which is wrong for ViT-H
     normalize   "half" or "imagenet"; None: as the table says, for other files "half" if .npz
 
-    Nothing in the file is executed. Raises OSError if it is not there or cannot be downloaded, and
-    ValueError, naming the tensor that does not fit, if it is no plain ViT.
+    Nothing in the file is executed. OSError if it cannot be had; ValueError names a tensor that does not fit.
     """
     known = str(weights) in BACKBONES
     path = download(str(weights)) if known else Path(weights)
@@ -212,10 +210,7 @@ OTHER_ARCHITECTURE = re.compile(r".*(\.ls[12]\.|\.gamma_[12]$|reg_token|register
 
 
 def vit_from_tensors(tensors, image_size=None, heads=None):
-    """The VisionTransformer with these tensors, by the names of timm, torchvision or Google; errors name the tensor.
-
-    `image_size` None is the size that the position embeddings are for.
-    """
+    """The VisionTransformer with these tensors. `image_size` None is that of the position embeddings."""
     tensors = rename(tensors, NAMES)
     if "blocks.0.attn.query.weight" in tensors:
         tensors, file_heads = from_google(tensors)
@@ -244,10 +239,7 @@ def vit_from_tensors(tensors, image_size=None, heads=None):
 
 
 def read_tensors(path):
-    """Name -> tensor of a .npz, .safetensors, .pth or .pt file; nothing in it is executed.
-
-    In .pth and .pt they are bare, or under "model" or "state_dict". Raises ValueError if there are none.
-    """
+    """Name -> tensor of a .npz, .safetensors, .pth or .pt file (there bare, or under "model" or "state_dict")."""
     if path.suffix == ".safetensors":
         return read_safetensors(bytearray(path.read_bytes()))
     try:
@@ -263,15 +255,13 @@ def read_tensors(path):
         raise ValueError("this is no file of tensors") from error
 
 
-SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def read_safetensors(content):
     """Name -> tensor of the content (bytearray) of a .safetensors file; ValueError if it is damaged.
 
-    The format: the header's length (8 bytes, little-endian), a JSON header {name: {dtype, shape,
-    data_offsets}}, and the data, in which the tensors follow one another without gap or overlap.
+    The format: 8 bytes of header length, little-endian; a JSON header {name: {dtype, shape, data_offsets}};
+    and the data, in which the tensors follow one another without gap or overlap.
     """
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     start = end = 8 + int.from_bytes(content[:8], "little")
     if start > len(content):
         raise ValueError("its header is longer than the file")
@@ -281,9 +271,9 @@ def read_safetensors(content):
         tensors = {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if dtype not in SAFETENSORS_TYPES:
-                raise ValueError(f"{name} is of type {dtype}, not of {', '.join(SAFETENSORS_TYPES)}")
-            count, dtype = math.prod(shape), SAFETENSORS_TYPES[dtype]
+            if dtype not in types:
+                raise ValueError(f"{name} is of type {dtype}, not of {', '.join(types)}")
+            count, dtype = math.prod(shape), types[dtype]
             if start + begin != end or begin + count * dtype.itemsize != stop or start + stop > len(content):
                 raise ValueError(f"{name} overlaps another tensor, leaves a gap or is cut off")
             tensors[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=end).reshape(shape)
