@@ -118,7 +118,7 @@ def class_folders(row, root, tune, folder):
     return Splits(train, val, splits["test"], classes, "its own folders, a tenth of train held out for validation")
 
 
-def fgvc(row, root, tune, folder, pictures, below, splits, md5, archive_md5=None):
+def fgvc(row, root, tune, folder, pictures, below, splits, archive_md5):
     """One of FGVC's five sets: a folder of `pictures`, and train.json, val.json and test.json as published with VPT.
 
     Those hold {path below `below`: class id}. The sorted ids that occur are the labels 0, 1, ...
@@ -126,9 +126,9 @@ def fgvc(row, root, tune, folder, pictures, below, splits, md5, archive_md5=None
     folder = root / folder
     fetch(folder / pictures, row.source, unpack(row, archive_md5), inside=f"**/{pictures}")
     listed = []
-    for split, checksum in zip(("train", "val", "test"), md5):
+    for split, md5 in zip(("train", "val", "test"), FGVC_MD5[splits].split()):
         url = f"{FGVC_SPLITS}/{splits}/{split}.json"
-        fetch(folder / f"{split}.json", url, partial(download_url, url, md5=checksum))
+        fetch(folder / f"{split}.json", url, partial(download_url, url, md5=md5))
         listed.append(json.loads((folder / f"{split}.json").read_text()))
 
     def locate(path):
@@ -348,6 +348,13 @@ def make_loader(samples, transform, batch_size, workers, pin_memory=False, shuff
 # ---------------------------------------------------------------------- the table
 
 FGVC_SPLITS = "https://raw.githubusercontent.com/savadikarc/gift/f0cb80cb4db413ecd108dd7e74fef27105eb6b97/data"
+FGVC_MD5 = {  # of train.json, val.json and test.json
+    "cub": "8aedcb810c68c7410607a6801bc131d8 ccbb8956711c47a59caff813075c9fe6 5f3c7af28e087ba27079ddc6a4e7846e",
+    "nabirds": "3835cf47e4617721556316d3b9f79db8 5f6e32ed373af37be26f5c7d5f9632d9 77f59e1fc2becded3c11b8a4bde70018",
+    "oxfordflowers": "9e998dfd1e7131c799b7fcd38d559a96 0f08ac53a5739f0026763bd0aac3e054 ada4f0666adcfa3260f719a84a64b928",
+    "stanforddogs": "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
+    "stanfordcars": "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7",
+}
 MIRROR = "https://huggingface.co/datasets/XiN0919"
 
 
@@ -356,34 +363,25 @@ def known(kind, on_disk, source, **options):
     return partial(from_torchvision, kind=kind, on_disk=on_disk, **options), source
 
 
-def one_of_fgvc(folder, pictures, below, source, splits, *md5, **archive):
+def one_of_fgvc(folder, pictures, below, splits, source, archive_md5=None):
     """(layout, source) of one of FGVC's data sets; see `fgvc`."""
-    return partial(fgvc, folder=folder, pictures=pictures, below=below, splits=splits, md5=md5, **archive), source
+    return partial(fgvc, folder=folder, pictures=pictures, below=below, splits=splits, archive_md5=archive_md5), source
 
 
 # layout, source
 CUB = one_of_fgvc(
-    "CUB_200_2011", "images", "images", "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "cub",
-    "8aedcb810c68c7410607a6801bc131d8", "ccbb8956711c47a59caff813075c9fe6", "5f3c7af28e087ba27079ddc6a4e7846e",
-    archive_md5="97eceeb196236b17998738112f37df78",
+    "CUB_200_2011", "images", "images", "cub",
+    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78",
 )  # fmt: skip
-NABIRDS = one_of_fgvc(
-    "nabirds", "images", "images", "https://dl.allaboutbirds.org/nabirds", "nabirds",
-    "3835cf47e4617721556316d3b9f79db8", "5f6e32ed373af37be26f5c7d5f9632d9", "77f59e1fc2becded3c11b8a4bde70018",
-)  # fmt: skip
+NABIRDS = one_of_fgvc("nabirds", "images", "images", "nabirds", "https://dl.allaboutbirds.org/nabirds")
 FLOWERS = one_of_fgvc(
-    "flowers-102", "jpg", "", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "oxfordflowers",
-    "9e998dfd1e7131c799b7fcd38d559a96", "0f08ac53a5739f0026763bd0aac3e054", "ada4f0666adcfa3260f719a84a64b928",
-    archive_md5="52808999861908f626f3c1f4e79d11fa",
+    "flowers-102", "jpg", "", "oxfordflowers",
+    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa",
 )  # fmt: skip
 DOGS = one_of_fgvc(
-    "dogs", "Images", "Images", "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", "stanforddogs",
-    "937d4b859e7ca68f6667b9bf207e782a", "0a372499e9610c87403ce2a85ecae16e", "6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
+    "dogs", "Images", "Images", "stanforddogs", "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"
 )  # fmt: skip
-CARS = one_of_fgvc(
-    "stanford_cars", "cars_train", "", f"{MIRROR}/FGVC", "stanfordcars",
-    "bde33e7dba5c6885bd4bbe44b49c036c", "db39ee040d9d38f7d929508f0b4cedb7", "8a5e55b4d0d7bde3551fa80a0f5505d7",
-)  # fmt: skip
+CARS = one_of_fgvc("stanford_cars", "cars_train", "", "stanfordcars", f"{MIRROR}/FGVC")
 VTAB = vtab, f"{MIRROR}/VTAB-1k/resolve/main/vtab-1k.zip"
 CIFAR10 = known("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar.html")
 CIFAR100 = known("CIFAR100", "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar.html")

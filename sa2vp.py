@@ -59,13 +59,15 @@ def aligned_neighbourhood(grid, other_grid, window):
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window {window} must be odd and positive, or none")
-    places, other_places = (torch.cartesian_prod(*map(torch.arange, size)) for size in (grid, other_grid))  # (y, x)
-    mask = torch.ones(1 + len(places), 1 + len(other_places), dtype=torch.bool)
-    mask[1:, 0] = False
-    for axis, (n, m) in enumerate(zip(grid, other_grid)):
-        y, z = places[:, axis, None], other_places[:, axis]
+
+    def near(n, m):  # of n and m cells along one axis, (n, m)
+        y, z = torch.arange(n)[:, None], torch.arange(m)
         # The distance of the centres (y + 0.5) / n and (z + 0.5) / m, in integers, so that no rounding decides.
-        mask[1:, 1:] &= ((2 * y + 1) * m - (2 * z + 1) * n).abs() < window * max(n, m)
+        return ((2 * y + 1) * m - (2 * z + 1) * n).abs() < window * max(n, m)
+
+    mask = torch.ones(1 + math.prod(grid), 1 + math.prod(other_grid), dtype=torch.bool)
+    mask[1:, 0] = False
+    mask[1:, 1:] = torch.kron(*map(near, grid, other_grid))  # near in y and near in x
     if not mask.any(dim=1).all():
         raise ValueError(f"window {window} leaves a token of {grid} nothing to attend to in {other_grid}")
     return mask
@@ -208,15 +210,15 @@ class SA2VP(nn.Module):
     def forward(self, images):
         """Figure 2: (batch, 3, height, width) -> scores (batch, num_classes) of each pathway; the base's predict."""
         base = self.vit.embed(images)  # Eq. (1), (batch, 1 + N, d)
-        prompt = self.drop(self.prompt_map() + self.prompt_positions())  # Eq. (2), (1, 1 + h' w', d)
+        prompt = self.drop(self.embed_prompts())  # Eq. (2), (1, 1 + h' w', d)
         for layer, interaction in zip(self.vit.blocks, self.interactions):
             base, prompt = interaction(layer, base, prompt)  # Eq. (3) to (7)
         base_logits, prompt_logits = (self.head(self.vit.norm(tokens[:, 0])) for tokens in (base, prompt))
         return base_logits, prompt_logits.expand_as(base_logits)
 
-    def prompt_positions(self):
-        """E_pos as the prompt pathway borrows it: the image's own, at the prompt map's size."""
-        return interpolate_positions(self.vit.pos_embed, self.vit.grid, self.prompt_grid)
+    def embed_prompts(self):
+        """p W_p + b_p + E_pos, (1, 1 + h' w', d). E_pos is the image's own, at the prompt map's size."""
+        return self.prompt_map() + interpolate_positions(self.vit.pos_embed, self.vit.grid, self.prompt_grid)
 
 
 def two_pathway_loss(logits, labels):
@@ -247,18 +249,18 @@ def make_head(dim, num_classes):
 
 
 class ViTClassifier(nn.Module):
-    """A linear head on the class token: images (batch, 3, height, width) -> (logits,), (batch, num_classes).
+    """A frozen ViT and a linear head, the linear probe: images (batch, 3, height, width) -> (logits,).
 
-    As it stands it is the linear probe, on a frozen ViT, or full fine-tuning. Other baselines change `layer`.
+    The other baselines begin from it. Logits are (batch, num_classes).
     """
 
     def __init__(self, vit, num_classes):
         super().__init__()
-        self.vit = vit
+        self.vit = freeze(vit)
         self.head = make_head(vit.dim, num_classes)
 
     def layer(self, i, x):
-        """T_i(x), (batch, 1 + N, d) -> the same."""
+        """T_i(x), (batch, 1 + N, d) -> the same. VPT and adapters change it."""
         return self.vit.blocks[i](x)
 
     def forward(self, images):
@@ -268,21 +270,11 @@ class ViTClassifier(nn.Module):
         return (self.head(self.vit.norm(x[:, 0])),)
 
 
-def linear_probe(vit, num_classes):
-    """Only the head is trained."""
-    return ViTClassifier(freeze(vit), num_classes)
-
-
-def full_fine_tuning(vit, num_classes):
-    """Everything is trained, the backbone too."""
-    return ViTClassifier(vit.requires_grad_(True), num_classes)
-
-
 class VPTDeep(ViTClassifier):
     """Visual Prompt Tuning (Jia et al., 2022): `prompts` new prompt tokens in every layer of a frozen ViT."""
 
     def __init__(self, vit, num_classes, prompts=50):
-        super().__init__(freeze(vit), num_classes)
+        super().__init__(vit, num_classes)
         self.prompts = nn.Parameter(torch.empty(len(vit.blocks), prompts, vit.dim))
         bound = math.sqrt(6 / (3 * math.prod(vit.patch_size) + vit.dim))  # as VPT draws them
         nn.init.uniform_(self.prompts, -bound, bound)
@@ -297,7 +289,8 @@ class AdapterTuning(ViTClassifier):
     """SA2VP's adapters without prompts, in a frozen ViT: B_{i+1} = T_i(B_i) + s A_i(B_i)."""
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1):
-        super().__init__(freeze(vit, dropout), num_classes)
+        super().__init__(vit, num_classes)
+        freeze(vit, dropout)
         self.scale = scale
         self.adapters = nn.ModuleList(PromptAdapter(vit.dim, inner_dim, dropout) for _ in vit.blocks)
 
@@ -306,7 +299,12 @@ class AdapterTuning(ViTClassifier):
         return super().layer(i, x) + self.scale * self.adapters[i](x)
 
 
-METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=linear_probe, full=full_fine_tuning)
+def full_fine_tuning(vit, num_classes):
+    """The ViT and a linear head, all of it trained."""
+    return ViTClassifier(vit, num_classes).requires_grad_(True)
+
+
+METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=ViTClassifier, full=full_fine_tuning)
 
 
 def build(vit, num_classes, settings):
@@ -332,7 +330,7 @@ def class_attention(model, images):
     model(images)
     hook.remove()
     q, k, _ = vit.blocks[-1].attn.project(seen[0])  # SA2VP sends the base pathway through a layer first
-    attention = (q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).softmax(dim=-1)  # (batch, heads, 1, tokens)
+    attention = (q[:, :, :1] @ k.mT / math.sqrt(q.size(-1))).softmax(dim=-1)  # (batch, heads, 1, tokens)
     return attention.mean(dim=1)[:, 0, 1 : 1 + math.prod(vit.grid)].unflatten(1, vit.grid)
 
 
@@ -343,8 +341,7 @@ def prompting_strength(model, images):
     The norm of B_{i+1} - T_i(B_i), summed over the layers but the last, whose image tokens go nowhere.
     `model` is in evaluation mode.
     """
-    base, prompt = model.vit.embed(images), model.prompt_map() + model.prompt_positions()
-    strength = 0
+    base, prompt, strength = model.vit.embed(images), model.embed_prompts(), 0
     for layer, interaction in zip(model.vit.blocks[:-1], model.interactions):
         unprompted = layer(base)
         base, prompt = interaction(layer, base, prompt)
@@ -372,14 +369,11 @@ def count_trained(model):
 
 
 def fingerprint(vit):
-    """SHA-256 of a backbone's weights, to tell one from another.
-
-    Of the position embeddings it takes the class token's alone: the others may have been interpolated,
-    and then differ in the last bit from machine to machine.
-    """
+    """SHA-256 of a backbone's weights, to tell one from another."""
     digest = hashlib.sha256()
     for name, tensor in vit.state_dict().items():
-        digest.update((tensor[:, :1] if name == "pos_embed" else tensor).cpu().contiguous().numpy())
+        if name != "pos_embed":  # once interpolated, it differs in the last bit from machine to machine
+            digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
