@@ -124,7 +124,7 @@ def fgvc(row, root, tune, folder, pictures, below, splits, archive_md5):
     Those hold {path below `below`: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
     folder = root / folder
-    fetch(folder / pictures, row.source, unpack(row, archive_md5), inside=f"**/{pictures}")
+    fetch(folder / pictures, row.source, inside=f"**/{pictures}", md5=archive_md5)
     listed = []
     for split, md5 in zip(("train", "val", "test"), FGVC_MD5[splits].split()):
         url = f"{FGVC_SPLITS}/{splits}/{split}.json"
@@ -147,7 +147,7 @@ def fgvc(row, root, tune, folder, pictures, below, splits, archive_md5):
 
 def vtab(row, root, tune):
     """VTAB-1k as its users packed it: lists of "path label", with 800 + 200 pictures to train on."""
-    fetch(root / "vtab-1k", row.source, unpack(row), inside="vtab-1k")
+    fetch(root / "vtab-1k", row.source, inside="vtab-1k")
     folder = root / row.name.replace("vtab", "vtab-1k")
 
     def listed(name):
@@ -194,21 +194,17 @@ def hold_out(samples, share):
     return [[sample for sample, out in zip(samples, held) if out == side] for side in (False, True)]
 
 
-def unpack(row, md5=None):
-    """The `download` of `fetch` for a row whose source is an archive, and None for another."""
-    archive = row.source.endswith((".tgz", ".tar", ".zip"))
-    return partial(download_and_extract_archive, row.source, md5=md5) if archive else None
-
-
-def fetch(path, source, download=None, inside="*"):
+def fetch(path, source, download=None, inside="*", md5=None):
     """Unless `path` is there, `download(folder)` makes it in a temporary folder, from which it is moved when whole.
 
-    What matches `inside` there is moved beside `path`, that last. Raises FileNotFoundError that says where
-    to get it and where to put it.
+    By default that unpacks `source` if it is an archive. What matches `inside` there is moved beside `path`,
+    that last. Raises FileNotFoundError that says where to get it and where to put it.
     """
     if path.exists():
         return
     failure = "has no direct link"
+    if download is None and source.endswith((".tgz", ".tar", ".zip")):
+        download = partial(download_and_extract_archive, source, md5=md5)
     if download:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:

@@ -491,7 +491,7 @@ def predict(flags, machine):
     return failed
 
 
-TILE, TITLE, ORANGE = 204, 48, (1.0, 0.65, 0.1)  # pixels, and red, green and blue
+TILE, TITLE = 204, 48  # pixels
 
 
 @torch.inference_mode()
@@ -502,11 +502,15 @@ def show(path, model, meta, samples):
     """
     transform, device = data.transform(**meta["input"]), model.head.weight.device
     images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(device)
-    mean, std, orange = (images.new_tensor(rgb)[:, None, None] for rgb in (meta["input"]["mean"], meta["input"]["std"], ORANGE))
+    rgb = (meta["input"]["mean"], meta["input"]["std"], (1.0, 0.65, 0.1))
+    mean, std, orange = (images.new_tensor(channels)[:, None, None] for channels in rgb)
     seen = images * std + mean
     attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
     attention = (attention / attention.amax((0, 2, 3))[:, None, None]).sqrt()  # a few patches have most of it
-    maps = {"class token's attention,\nbackbone alone": attention[0], "class token's attention,\ntuned (orange: most)": attention[1]}
+    maps = {
+        "class token's attention,\nbackbone alone": attention[0],
+        "class token's attention,\ntuned (orange: most)": attention[1],
+    }
     if isinstance(model, sa2vp.SA2VP):
         strength = sa2vp.prompting_strength(model, images)
         maps["change by the prompts\n(orange: most)"] = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)

@@ -32,8 +32,7 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask=None):
         """Wo softmax(q k^T / sqrt(d / heads)) v: a token for each query, (batch, queries, d).
 
-        A batch of one, in q or in k and v, serves that of the other. `mask` (queries, keys), if any, is True where
-        a query attends to a key.
+        A batch of one, in q or in k and v, serves that of the other. `mask` (queries, keys) is True where q attends.
         """
         batch = max(len(q), len(k))
         q, k, v = (tensor.expand(batch, -1, -1, -1) for tensor in (q, k, v))
@@ -91,8 +90,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT encoder: images (batch, 3, height, width) -> class token after the final LayerNorm, (batch, d).
 
-    `image_size` and `patch_size` are in pixels, an int or (height, width). `normalize` names what the
-    weights expect, a key of `NORMALIZE`. Dropout is off, until a method sets the rate of its modules.
+    `image_size` and `patch_size` are in pixels, an int or (height, width). `normalize` names what the weights
+    expect, a key of `NORMALIZE`. Dropout is off, until a method sets the rate of its modules.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, mlp_ratio=4, normalize="half"):
@@ -203,9 +202,7 @@ def download(name):
     return path
 
 
-# Tensors of published files that the encoder has no use for: classifiers, DINO's head, MAE's decoder.
-NOT_ENCODER = re.compile(r"head|pre_logits|fc_norm|mask_token|decoder_")
-# LayerScale, registers and distillation tokens: other architectures than the plain ViT.
+NOT_ENCODER = re.compile(r"head|pre_logits|fc_norm|mask_token|decoder_")  # classifiers, DINO's head, MAE's decoder
 OTHER_ARCHITECTURE = re.compile(r".*(\.ls[12]\.|\.gamma_[12]$|reg_token|register_tokens|dist_token)")
 
 
