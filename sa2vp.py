@@ -32,7 +32,7 @@ from vit import interpolate_positions, load_vit
 
 
 class PromptMap(nn.Module):
-    """The prompt map, Eq. (2) without E_pos: p W + b, () -> (1, 1 + h' w', d). It has a class token of its own.
+    """The prompt map, Eq. (2) without E_pos: p W + b, () -> (1, 1 + h' w', d), a class token of its own included.
 
     Entry (y, x) of the map belongs to the patch at the same place. p is (1, 1 + h' w', r), W is r -> d.
     """
@@ -52,10 +52,9 @@ class PromptMap(nn.Module):
 def aligned_neighbourhood(grid, other_grid, window):
     """N(t) as a boolean matrix (1 + h w, 1 + h' w'): does token t attend to token u of the other map?
 
-    The class token, number 0, attends to all tokens. A patch token attends to the patch tokens whose
-    cell centre lies less than window / 2 cells away in y and in x, a cell being one of the coarser grid.
-    At equal sizes and window 3 that is the 3x3 neighbourhood, cut off at the border. Raises ValueError
-    if the window is not odd and positive, or a neighbourhood is empty.
+    The class token, number 0, attends to all. A patch token attends to the patch tokens whose cell centre is
+    less than window / 2 cells away in y and in x, a cell being one of the coarser grid. At equal sizes and
+    window 3 that is 3x3, cut off at the border. ValueError if the window is even or a neighbourhood is empty.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window {window} must be odd and positive, or none")
@@ -76,8 +75,7 @@ def aligned_neighbourhood(grid, other_grid, window):
 class SpatiallyAlignedCrossAttention(nn.Module):
     """Spatially aligned cross attention, Eq. (3): C_i(X, Y). It uses frozen layer i's weights, none of its own.
 
-    `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y), or None where every token of X
-    attends to all tokens of Y.
+    `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y); None: each attends to all.
     """
 
     def __init__(self, mask, dropout):
@@ -130,9 +128,8 @@ class InterLayerPromptFusion(nn.Module):
 class BilateralInteraction(nn.Module):
     """Bilateral interaction: takes both pathways through frozen layer i, while one prompts the other.
 
-    That is knowledge prompting P -> B, Eq. (5); or, where it `distills`, knowledge distillation B -> P,
-    Eq. (6), and where it `fuses`, inter-layer prompt fusion, Eq. (7). Only the class tokens leave the
-    `last` layer.
+    Knowledge prompting P -> B, Eq. (5); or, where it `distills`, knowledge distillation B -> P, Eq. (6), and
+    where it `fuses`, inter-layer prompt fusion, Eq. (7). Only the class tokens leave the `last` layer.
     """
 
     def __init__(self, vit, prompt_grid, inner_dim, scale, dropout, window, distills, fuses, last):
@@ -191,7 +188,7 @@ class SA2VP(nn.Module):
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
-            raise ValueError(f"F, {sorted(fusion)}, must be a subset of D, {sorted(distill)}, and D of 0 to {depth - 1}")
+            raise ValueError(f"F, {sorted(fusion)}, must be a subset of D, {sorted(distill)}, D of 0 to {depth - 1}")
         half = tuple(max(1, side // 2) for side in vit.grid)
 
         self.prompt_grid = half if prompt_grid == "half" else tuple(prompt_grid or vit.grid)
@@ -321,9 +318,8 @@ def build(vit, num_classes, settings):
 def class_attention(model, images):
     """What the class token attends to in the last layer's self attention: (batch, 3, height, width) -> (batch, h, w).
 
-    It is the mean over the heads; of SA2VP, in the base pathway. `model` is a method or a bare
-    VisionTransformer, in evaluation mode. A picture's values sum to 1, less what the class token gives to
-    itself and, in VPT, to the prompts.
+    The mean over the heads; of SA2VP, in the base pathway. `model` is a method or a bare VisionTransformer,
+    in evaluation mode. Values sum to 1, less what the class token gives to itself and to VPT's prompts.
     """
     vit, seen = getattr(model, "vit", model), []
     hook = vit.blocks[-1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -338,8 +334,7 @@ def class_attention(model, images):
 def prompting_strength(model, images):
     """How much the prompts of an SA2VP change each image token: (batch, 3, height, width) -> (batch, h, w).
 
-    The norm of B_{i+1} - T_i(B_i), summed over the layers but the last, whose image tokens go nowhere.
-    `model` is in evaluation mode.
+    The norm of B_{i+1} - T_i(B_i), summed over all layers but the last. `model` is in evaluation mode.
     """
     base, prompt, strength = model.vit.embed(images), model.embed_prompts(), 0
     for layer, interaction in zip(model.vit.blocks[:-1], model.interactions):
@@ -394,10 +389,9 @@ def read_checkpoint(path):
 def load(path, weights=None):
     """Reads a tuned model, `best.pt`: (model in evaluation mode, meta).
 
-    meta is what else the file says, a dict: `classes` (names), `input` (the arguments of data.transform),
-    `settings` of the run, and more. `weights` tells where the backbone is, if not where the run had it.
-    Raises FileNotFoundError if a file is not there, and ValueError if it is no checkpoint of this project
-    or was tuned on another backbone.
+    meta is what else the file says, a dict: `classes` (names), `input` (arguments of data.transform), `settings`
+    and more. `weights` tells where the backbone is, if not where the run had it. FileNotFoundError if a file is
+    not there, ValueError if it is no checkpoint of this project or was tuned on another backbone.
     """
     meta = read_checkpoint(path)
     weights = weights or meta["settings"]["weights"]
