@@ -54,7 +54,7 @@ def aligned_neighbourhood(grid, other_grid, window):
 
     The class token, number 0, attends to all. A patch token attends to the patch tokens whose cell centre is
     less than window / 2 cells away in y and in x, a cell being one of the coarser grid. At equal sizes and
-    window 3 that is 3x3, cut off at the border. ValueError if the window is even or a neighbourhood is empty.
+    window 3 that is 3x3, cut off at the border. ValueError if the window is not odd or an N(t) empty.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window {window} must be odd and positive, or none")
@@ -246,18 +246,18 @@ def make_head(dim, num_classes):
 
 
 class ViTClassifier(nn.Module):
-    """A frozen ViT and a linear head, the linear probe: images (batch, 3, height, width) -> (logits,).
+    """A linear head on the class token: images (batch, 3, height, width) -> (logits,), (batch, num_classes).
 
-    The other baselines begin from it. Logits are (batch, num_classes).
+    As it stands it is the linear probe, on a frozen ViT, or full fine-tuning. Other baselines change `layer`.
     """
 
     def __init__(self, vit, num_classes):
         super().__init__()
-        self.vit = freeze(vit)
+        self.vit = vit
         self.head = make_head(vit.dim, num_classes)
 
     def layer(self, i, x):
-        """T_i(x), (batch, 1 + N, d) -> the same. VPT and adapters change it."""
+        """T_i(x), (batch, 1 + N, d) -> the same."""
         return self.vit.blocks[i](x)
 
     def forward(self, images):
@@ -267,11 +267,21 @@ class ViTClassifier(nn.Module):
         return (self.head(self.vit.norm(x[:, 0])),)
 
 
+def linear_probe(vit, num_classes):
+    """Only the head is trained."""
+    return ViTClassifier(freeze(vit), num_classes)
+
+
+def full_fine_tuning(vit, num_classes):
+    """Everything is trained, the backbone too."""
+    return ViTClassifier(vit.requires_grad_(True), num_classes)
+
+
 class VPTDeep(ViTClassifier):
     """Visual Prompt Tuning (Jia et al., 2022): `prompts` new prompt tokens in every layer of a frozen ViT."""
 
     def __init__(self, vit, num_classes, prompts=50):
-        super().__init__(vit, num_classes)
+        super().__init__(freeze(vit), num_classes)
         self.prompts = nn.Parameter(torch.empty(len(vit.blocks), prompts, vit.dim))
         bound = math.sqrt(6 / (3 * math.prod(vit.patch_size) + vit.dim))  # as VPT draws them
         nn.init.uniform_(self.prompts, -bound, bound)
@@ -286,8 +296,7 @@ class AdapterTuning(ViTClassifier):
     """SA2VP's adapters without prompts, in a frozen ViT: B_{i+1} = T_i(B_i) + s A_i(B_i)."""
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1):
-        super().__init__(vit, num_classes)
-        freeze(vit, dropout)
+        super().__init__(freeze(vit, dropout), num_classes)
         self.scale = scale
         self.adapters = nn.ModuleList(PromptAdapter(vit.dim, inner_dim, dropout) for _ in vit.blocks)
 
@@ -296,12 +305,7 @@ class AdapterTuning(ViTClassifier):
         return super().layer(i, x) + self.scale * self.adapters[i](x)
 
 
-def full_fine_tuning(vit, num_classes):
-    """The ViT and a linear head, all of it trained."""
-    return ViTClassifier(vit, num_classes).requires_grad_(True)
-
-
-METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=ViTClassifier, full=full_fine_tuning)
+METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=linear_probe, full=full_fine_tuning)
 
 
 def build(vit, num_classes, settings):
@@ -367,7 +371,7 @@ def fingerprint(vit):
     """SHA-256 of a backbone's weights, to tell one from another."""
     digest = hashlib.sha256()
     for name, tensor in vit.state_dict().items():
-        # Interpolated position embeddings differ in the last bit from machine to machine: the class token's alone.
+        # Of the position embeddings only the class token's: interpolated ones differ in the last bit between machines.
         digest.update((tensor[:, :1] if name == "pos_embed" else tensor).cpu().contiguous().numpy())
     return digest.hexdigest()
 

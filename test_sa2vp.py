@@ -1310,12 +1310,14 @@ def test_several_runs_end_with_one_table_also_after_an_interruption(run, command
     assert capsys.readouterr().out.splitlines()[-1].startswith("pair ")
 
 
-def test_a_group_has_the_mean_of_its_parts_if_every_member_has_every_seed(monkeypatch):
+def test_a_group_has_mean_and_deviation_of_its_parts_if_every_member_has_every_seed(monkeypatch):
     monkeypatch.setattr(data, "GROUPS", {"pair": ["a", "b"], "trio": ["pair", "c"]})
-    for b, pair, trio in ((40.0, 50.0, 35.0), (None, None, None)):
-        rows = train.group_rows({("a", "sa2vp"): 60.0, ("b", "sa2vp"): b, ("c", "sa2vp"): 20.0}, "method")
+    a, c = {0: 50.0, 1: 60.0}, {0: 20.0, 1: 30.0}
+    for b, pair, trio, std in (({0: 70.0, 1: 40.0}, 55.0, 40.0, 50**0.5), ({1: 40.0}, None, None, None), ({}, None, None, None)):
+        rows = train.group_rows({("a", "sa2vp"): a, ("b", "sa2vp"): b, ("c", "sa2vp"): c}, [0, 1], "method")
         assert [(row["data"], row["accuracy"]) for row in rows] == [("pair", pair), ("trio", trio)]
-    assert train.group_rows({("a", "sa2vp"): 60.0, ("c", "sa2vp"): 20.0}, "method") == []
+        assert rows[0]["std"] == (std and pytest.approx(std))  # of 60 and 50, the pair's mean with each seed
+    assert train.group_rows({("a", "sa2vp"): a, ("c", "sa2vp"): c}, [0, 1], "method") == []
 
 
 def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(run, monkeypatch):

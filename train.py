@@ -328,7 +328,7 @@ def train(flags, machine):
     varied, kind = [name for name in values if len(values[name]) > 1], "variant" if ablate else "method"
     out = flags.get("out", Path("runs", run_name(values, "ablation" if ablate else None)))
     single = not varied and len(combinations) == 1
-    rows, accuracies, failed = [], {}, []
+    rows, scores, failures = [], {}, []
 
     def attempt(variant, settings, test=True):
         """The result of one of the runs; {} if it could not run."""
@@ -339,7 +339,7 @@ def train(flags, machine):
         except BAD_INPUT as error:
             if single or WORLD > 1:  # other processes would still be in there
                 raise
-            failed.append(folder)
+            failures.append(folder)
             print(f"train.py: {folder.name} could not run: {one_line(error)}", file=sys.stderr)
             return {}
 
@@ -349,24 +349,20 @@ def train(flags, machine):
             searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
             best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
         tested = [attempt(variant, best | {"seed": seed}) for seed in seeds if any(searched) or not searched]
-        scores = [result.get("accuracy") for result in tested]
-        accuracies[member, variant] = mean(scores)
+        scores[member, variant] = {seed: result.get("accuracy") for seed, result in zip(seeds, tested)}
         for settings, results in zip(choices, [[result] for result in searched] or [tested]):
-            found = {name: text(value) for name, value in settings.items()} | {"data": row.name, kind: variant}
-            found |= {"val_accuracy": mean(result.get("val_accuracy") for result in results)}
-            found |= {"trainable": results[0].get("trainable")}
-            if settings is best:
-                std = statistics.stdev(scores) if len(scores) > 1 and None not in scores else None
-                found |= {"accuracy": mean(scores), "std": std}
-            rows.append(found)
+            found = {"data": row.name, kind: variant, "trainable": results[0].get("trainable") if results else None}
+            found["val_accuracy"] = mean(result.get("val_accuracy") for result in results)
+            found |= mean_and_std(scores[member, variant] if settings is best else {})
+            rows.append({name: text(value) for name, value in settings.items()} | found)
     if not single:
-        rows += group_rows(accuracies, kind)
+        rows += group_rows(scores, seeds, kind)
         columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
         columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows]
         save(out / "results.csv", rows)
         print_table(rows)
-    return bool(failed)
+    return bool(failures)
 
 
 def list_combinations(values, ablate=False):
@@ -417,15 +413,19 @@ def pretrain_small_vit(machine):
     log()
 
 
-def group_rows(accuracies, kind):
-    """Rows for the means of groups that are complete; `accuracies` is {(data set, variant): accuracy or None}."""
-    rows, accuracies = [], dict(accuracies)
-    variants = dict.fromkeys(variant for _, variant in accuracies)
+def group_rows(scores, seeds, kind):
+    """Rows for the means of whole groups; `scores` is {(data set, variant): {seed: accuracy}}.
+
+    A group has a mean only if every member has every seed.
+    """
+    rows, scores = [], dict(scores)
+    variants = dict.fromkeys(variant for _, variant in scores)
     for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
-        if accuracies.keys() >= {(part, variant) for part in parts}:
-            accuracies[group, variant] = mean(accuracies[part, variant] for part in parts)
+        members = [scores[part, variant] for part in parts if (part, variant) in scores]
+        if len(members) == len(parts):
+            scores[group, variant] = {seed: mean(score.get(seed) for score in members) for seed in seeds}
             published = data.PUBLISHED.get(variant, {}).get(group)
-            rows.append({"data": group, kind: variant, "accuracy": accuracies[group, variant], "published": published})
+            rows.append({"data": group, kind: variant, "published": published} | mean_and_std(scores[group, variant]))
     return rows
 
 
@@ -433,6 +433,13 @@ def mean(values):
     """Their mean; None if there are none, or one is None."""
     values = list(values)
     return statistics.mean(values) if values and None not in values else None
+
+
+def mean_and_std(score):
+    """{seed: accuracy} -> mean and standard deviation, for a row of a table."""
+    accuracy = mean(score.values())
+    several = accuracy is not None and len(score) > 1
+    return {"accuracy": accuracy, "std": statistics.stdev(score.values()) if several else None}
 
 
 def run_name(values, variant=None):
@@ -500,28 +507,25 @@ def show(path, model, meta, samples):
 
     Attention and change are orange over the picture, the brighter the more; attentions are on one scale.
     """
-    transform, device = data.transform(**meta["input"]), model.head.weight.device
-    images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(device)
-    rgb = (meta["input"]["mean"], meta["input"]["std"], (1.0, 0.65, 0.1))
-    mean, std, orange = (images.new_tensor(channels)[:, None, None] for channels in rgb)
-    seen = images * std + mean
+    transform = data.transform(**meta["input"])
+    images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(model.head.weight.device)
+    mean, std = (images.new_tensor(meta["input"][name])[:, None, None] for name in ("mean", "std"))
+    seen = (images * std + mean).clamp(0, 1)
     attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
     attention = (attention / attention.amax((0, 2, 3))[:, None, None]).sqrt()  # a few patches have most of it
-    maps = {
-        "class token's attention,\nbackbone alone": attention[0],
-        "class token's attention,\ntuned (orange: most)": attention[1],
+    columns = {
+        "picture, as\nthe model sees it": seen,
+        "class token's attention,\nbackbone alone": overlay(seen, attention[0]),
+        "class token's attention,\ntuned (orange: most)": overlay(seen, attention[1]),
     }
     if isinstance(model, sa2vp.SA2VP):
         strength = sa2vp.prompting_strength(model, images)
-        maps["change by the prompts\n(orange: most)"] = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    columns = {"picture, as\nthe model sees it": seen}
-    for title, values in maps.items():
-        columns[title] = 0.3 * seen + 0.7 * orange * F.interpolate(values[:, None], seen.shape[-2:])
-    if isinstance(model, sa2vp.SA2VP):
+        strength = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)
+        columns["change by the prompts\n(orange: most)"] = overlay(seen, strength)
         columns["prompt map, like prompts\nin like colours"] = principal_colours(model).expand(len(images), -1, -1, -1)
 
     tiles = torch.stack([F.interpolate(tiles, (TILE - 4, TILE - 4)) for tiles in columns.values()], dim=1)
-    grid = to_pil_image(make_grid(tiles.flatten(0, 1).clamp(0, 1), nrow=len(columns), padding=4, pad_value=1))
+    grid = to_pil_image(make_grid(tiles.flatten(0, 1), nrow=len(columns), padding=4, pad_value=1))
     page = Image.new("RGB", (grid.width + TILE, grid.height + TITLE), "white")
     page.paste(grid, (0, TITLE))
     write = partial(ImageDraw.Draw(page).text, fill="black", font=ImageFont.load_default(15))
@@ -532,6 +536,12 @@ def show(path, model, meta, samples):
         write((len(columns) * TILE + 8, TITLE + y * TILE + 8), f"predicted:\n{meta['classes'][guess]}{true}")
     save(path.with_name("show.png"), page)
     log(f"wrote {path.with_name('show.png')}")
+
+
+def overlay(pictures, values):
+    """Pictures (batch, 3, height, width) under orange, the brighter the higher the values (batch, h, w), from 0 to 1."""
+    orange = pictures.new_tensor([1.0, 0.65, 0.1])[:, None, None]
+    return 0.3 * pictures + 0.7 * orange * F.interpolate(values[:, None], pictures.shape[-2:])
 
 
 def principal_colours(model):
