@@ -324,7 +324,7 @@ class Pictures(Dataset):
         return self.transform(open_picture(picture)), label
 
 
-def make_loader(samples, transform, batch_size, workers, pin_memory=False, shuffle_seed=None, rank=0, world=1):
+def make_loader(samples, input, batch_size, workers, pin_memory=False, shuffle_seed=None, rank=0, world=1):
     """A DataLoader of one epoch; with a `shuffle_seed` shuffled, and without the last incomplete batch.
 
     Of `world` processes, each makes its share of every batch: `batch_size` is that of all together.
@@ -335,8 +335,9 @@ def make_loader(samples, transform, batch_size, workers, pin_memory=False, shuff
         samples = samples[rank::world]
     else:
         sampler = DistributedSampler(samples, world, rank, seed=shuffle_seed, drop_last=True)
+    pictures = Pictures(samples, transform(**input, training=shuffle_seed is not None))
     return DataLoader(
-        Pictures(samples, transform), batch_size // world, sampler=sampler, drop_last=sampler is not None,
+        pictures, batch_size // world, sampler=sampler, drop_last=sampler is not None,
         num_workers=workers, pin_memory=pin_memory,
     )  # fmt: skip
 
@@ -430,7 +431,7 @@ ROWS = (
     DataSet("hta/gtsrb",                43, *GTSRB,    64, 0.1),
     DataSet("hta/svhn",                 10, *SVHN,     64, 0.1),
     DataSet("shapes",                    8, *TARGET,   16, 1.0, 32, TARGET_LR, dropout=0.0, epochs=30,
-            weights="runs/shapes-vit/vit.pt", image_size=SIDE),
+            weights="runs/shapes-vit/best.pt", image_size=SIDE),
     DataSet("shapes-source",            12, *SOURCE,   16, 1.0, weights=None, image_size=SIDE),
 )  # fmt: skip
 TABLE = {row.name: row for row in ROWS}

@@ -783,11 +783,10 @@ def test_a_run_writes_what_it_promises_and_leaves_the_backbone_bit_for_bit(run, 
 
     train.main(["--eval", str(out / "best.pt"), "--show", "3", "--cpu"])
     assert f"test {found['accuracy']:.2f} %" in capsys.readouterr().out
-    columns = 6 if method == "sa2vp" else 4
-    page = np.asarray(Image.open(out / "show.png"))[:, : columns * train.TILE].reshape(-1, columns, train.TILE, 3)
-    assert len(page) // train.TILE == 3
-    for part in (page[: train.TITLE], page[train.TITLE :]):
-        assert part.std(axis=(0, 2, 3)).all()  # something is in each column and in its title
+    tiles = (3, train.CAPTION + train.TILE + 2, 5 if method == "sa2vp" else 3, train.TILE + 2, 3)
+    page = np.asarray(Image.open(out / "show.png"))[2:, 2:].reshape(tiles)
+    for part in (page[:, : train.CAPTION], page[:, train.CAPTION : -2]):
+        assert part.std(axis=(1, 3, 4)).all()  # something is in each tile and in its caption
 
 
 def test_the_chosen_epoch_is_tested_and_reported(run, monkeypatch):
@@ -996,7 +995,8 @@ def test_after_ctrl_c_under_torchrun_one_process_says_how_to_go_on(monkeypatch, 
 
 def test_every_picture_is_counted_once_by_however_many_processes():
     def shares(world, seed=None):
-        return [data.make_loader(list(range(11)), None, 6, 0, False, seed, rank, world) for rank in range(world)]
+        own = dict(crop=False, image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+        return [data.make_loader(list(range(11)), own, 6, 0, False, seed, rank, world) for rank in range(world)]
 
     (whole,) = shares(1, 3)[0].batch_sampler
     for world in (1, 2, 3):
@@ -1312,12 +1312,12 @@ def test_several_runs_end_with_one_table_also_after_an_interruption(run, command
 
 def test_a_group_has_mean_and_deviation_of_its_parts_if_every_member_has_every_seed(monkeypatch):
     monkeypatch.setattr(data, "GROUPS", {"pair": ["a", "b"], "trio": ["pair", "c"]})
-    a, c = {0: 50.0, 1: 60.0}, {0: 20.0, 1: 30.0}
-    for b, pair, trio, std in (({0: 70.0, 1: 40.0}, 55.0, 40.0, 50**0.5), ({1: 40.0}, None, None, None), ({}, None, None, None)):
-        rows = train.group_rows({("a", "sa2vp"): a, ("b", "sa2vp"): b, ("c", "sa2vp"): c}, [0, 1], "method")
+    a, c = [50.0, 60.0], [20.0, 30.0]
+    for b, pair, trio, std in (([70.0, 40.0], 55.0, 40.0, 50**0.5), ([None, 40.0], None, None, None), ([], None, None, None)):
+        rows = train.group_rows({("a", "sa2vp"): a, ("b", "sa2vp"): b, ("c", "sa2vp"): c}, "method")
         assert [(row["data"], row["accuracy"]) for row in rows] == [("pair", pair), ("trio", trio)]
         assert rows[0]["std"] == (std and pytest.approx(std))  # of 60 and 50, the pair's mean with each seed
-    assert train.group_rows({("a", "sa2vp"): a, ("c", "sa2vp"): c}, [0, 1], "method") == []
+    assert train.group_rows({("a", "sa2vp"): a, ("c", "sa2vp"): c}, "method") == []
 
 
 def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(run, monkeypatch):
@@ -1415,7 +1415,7 @@ def test_predict_prints_the_five_likeliest_classes_and_names_what_it_cannot_read
         expected += [str(picture), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [*expected, "wrote run/show.png"] and "damaged.jpg" in printed.err
-    assert (Image.open("run/show.png").height - train.TITLE) // train.TILE == 2
+    assert Image.open("run/show.png").height == 2 * (train.CAPTION + train.TILE + 2) + 2
     for given, says in ((["empty"], "no picture"), (["absent.jpg"], "no picture"), ([], "checkpoint and then pictures")):
         assert says in refusal(capsys, ["--predict", best, *given, "--cpu"])
 
@@ -1431,12 +1431,11 @@ def test_principal_components_of_the_prompt_map_become_colours():
 
 
 def test_the_bench_measures_its_rows_beside_the_encoder(files, capsys, monkeypatch):
-    some = ("train: frozen encoder", "train: SA2VP", "predict: frozen encoder", "predict: SA2VP")
-    monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in some})
+    monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in ("frozen encoder", "SA2VP")})
     train.main(["--bench", "--weights", str(files / "vit.pth"), "--batch-size", "2", "--cpu"])
     rows = [re.split(r"  +", line) for line in capsys.readouterr().out.strip().splitlines()[3:]]
-    assert [row[0] for row in rows] == list(some)
-    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows) and rows[0][2] == rows[2][2] == "1.00"
+    assert [row[0] for row in rows] == list(train.BENCH)
+    assert all(float(cell) > 0 for row in rows for cell in row[1:5]) and rows[0][2] == rows[0][4] == "1.00"
 
 
 def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
@@ -1454,7 +1453,7 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
     train.main([*flags, "--method", "linear"])
     assert "pre-training" not in capsys.readouterr().out
     assert sorted(os.listdir("runs")) == ["shapes-linear-epochs1", "shapes-sa2vp-epochs1", "shapes-vit"]
-    assert vit.load_vit("runs/shapes-vit/vit.pt", data.SIDE).normalize == "imagenet"
+    assert vit.load_vit("runs/shapes-vit/best.pt", data.SIDE).normalize == "imagenet"
     assert "trained from scratch" in refusal(capsys, ["--eval", "runs/shapes-vit/best.pt", "--cpu"])
 
 
@@ -1489,7 +1488,7 @@ def test_the_list_has_a_line_for_each_data_set_and_each_backbone(capsys):
         ("--eval absent.pt", "absent.pt"),
         ("--eval some.pt --lr 1", "--lr has no part in --eval"),
         ("--eval some.pt --weights a b", "--weights takes one value here"),
-        ("--eval some.pt --list", "not allowed with"),
+        ("--eval some.pt --list", "--eval has no part in --list"),
     ],
 )
 def test_bad_flags_get_one_sentence_and_exit_code_2(command, capsys, flags, part):
@@ -1588,6 +1587,6 @@ def test_a_run_on_cuda_goes_on_predicts_shows_and_is_measured(command, files, mo
     train.main(["--eval", "run/best.pt", "--show", "2", "--gpu", "0"])
     train.main(["--predict", "run/best.pt", str(files / "insects/test"), "--show", "2", "--gpu", "0"])
     assert Path("run/show.png").exists()
-    monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in ("train: frozen encoder", "train: SA2VP")})
+    monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in ("frozen encoder", "SA2VP")})
     train.bench({"weights": files / "vit.pth"}, train.choose_machine({}), rounds=2)
     assert "MB" in capsys.readouterr().out

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -39,8 +39,13 @@ import data
 import sa2vp
 import vit
 
+# The recipe. A data set's row may have its own values, a method has further options.
+RECIPE = dict(
+    seed=42, weights=None, heads=None, normalize=None, image_size=224, epochs=100, batch_size=64, weight_decay=1e-4,
+    tune=False,  # VTAB-1k alone: train800 and val200, without test
+)  # fmt: skip
 # Peak learning rates of AdamW: sa2vp's is the paper's; vpt's and linear's were searched on validation data;
-# adapter's is sa2vp's and full's a customary one. A data set may have its own.
+# adapter's is sa2vp's and full's a customary one.
 LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "adapter": 1e-3, "linear": 1e-2, "full": 1e-4}
 
 # torchrun's processes: which one this is, how many there are, and the same on this machine.
@@ -191,22 +196,16 @@ def seed_from(*numbers):
 def complete_settings(given):
     """All settings of a run: those that were given, else the data set's own, else the method's, else the recipe's."""
     row, method = data.find(given["data"]), given["method"]
-    epochs = given.get("epochs", row.epochs)
-    settings = dict(
-        seed=42, weights=row.weights, heads=None, normalize=None, image_size=row.image_size, batch_size=row.batch_size,
-        lr=(LEARNING_RATE | row.lr)[method], weight_decay=1e-4, epochs=epochs,
-        warmup_epochs=round(epochs / 10),  # the recipe's 10 of 100
-        tune=False,  # VTAB-1k alone: train800 and val200, without test
-    )  # fmt: skip
-    for option in inspect.signature(sa2vp.METHODS[method]).parameters.values():
-        if option.default is not option.empty:
-            settings[option.name] = getattr(row, option.name, option.default)
-    settings |= given
-    for name, known in (("data", data.TABLE), ("weights", [None, *vit.BACKBONES])):
-        if settings[name] not in known:  # a path
+    options = inspect.signature(sa2vp.METHODS[method]).parameters.values()
+    defaults = RECIPE | {option.name: option.default for option in options if option.default is not option.empty}
+    settings = {name: getattr(row, name, default) for name, default in defaults.items()}
+    settings |= {"lr": (LEARNING_RATE | row.lr)[method]} | given
+    settings.setdefault("warmup_epochs", round(settings["epochs"] / 10))  # the recipe's 10 of 100
+    for name, known in (("data", data.TABLE), ("weights", vit.BACKBONES)):
+        if settings[name] not in (None, *known):  # a path
             settings[name] = str(Path(settings[name]).resolve())
-    if epochs <= settings["warmup_epochs"]:
-        raise ValueError(f"--epochs {epochs} must be above --warmup-epochs {settings['warmup_epochs']}")
+    if settings["epochs"] <= settings["warmup_epochs"]:
+        raise ValueError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
     return settings
 
 
@@ -290,10 +289,8 @@ def wrap(model, machine):
 
 def make_loader(samples, meta, machine, shuffle_seed=None):
     """The samples as the model takes them, in batches; shuffled and augmented if there is a `shuffle_seed`."""
-    transform = data.transform(**meta["input"], training=shuffle_seed is not None)
-    batch_size = max(meta["settings"]["batch_size"], WORLD)
-    pin_memory = machine.device.type == "cuda"
-    return data.make_loader(samples, transform, batch_size, machine.workers, pin_memory, shuffle_seed, RANK, WORLD)
+    batch_size, pin_memory = max(meta["settings"]["batch_size"], WORLD), machine.device.type == "cuda"
+    return data.make_loader(samples, meta["input"], batch_size, machine.workers, pin_memory, shuffle_seed, RANK, WORLD)
 
 
 # ---------------------------------------------------------------------- several runs
@@ -312,7 +309,7 @@ ABLATIONS = {  # what each variant changes of the full method
 
 # The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
 SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
-SMALL_VIT_FILE = Path(data.TABLE["shapes"].weights)
+PRETRAINED = Path(data.TABLE["shapes"].weights)
 PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
 
 
@@ -349,14 +346,15 @@ def train(flags, machine):
             searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
             best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
         tested = [attempt(variant, best | {"seed": seed}) for seed in seeds if any(searched) or not searched]
-        scores[member, variant] = {seed: result.get("accuracy") for seed, result in zip(seeds, tested)}
+        scores[member, variant] = [result.get("accuracy") for result in tested]
         for settings, results in zip(choices, [[result] for result in searched] or [tested]):
-            found = {"data": row.name, kind: variant, "trainable": results[0].get("trainable") if results else None}
+            found = {"data": row.name, kind: variant, "trainable": results[0].get("trainable")}
             found["val_accuracy"] = mean(result.get("val_accuracy") for result in results)
-            found |= mean_and_std(scores[member, variant] if settings is best else {})
+            if settings is best:
+                found |= mean_and_std(scores[member, variant])
             rows.append({name: text(value) for name, value in settings.items()} | found)
     if not single:
-        rows += group_rows(scores, seeds, kind)
+        rows += group_rows(scores, kind)
         columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
         columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows]
@@ -389,14 +387,15 @@ def list_combinations(values, ablate=False):
 
 def run(settings, out, machine, test=True):
     """One run, in its folder, from where it stands. One that is finished is kept: its result is returned again."""
-    state, result, file = read_last(out, settings), {}, out / "result.json"
+    state, file = read_last(out, settings), out / "result.json"
     if not state:
         file.unlink(missing_ok=True)  # of a run whose last.pt was taken away
-    elif file.exists():
-        result = json.loads(file.read_text())
+    result = json.loads(file.read_text()) if file.exists() else {}
     if not result or test and result["accuracy"] is None:
-        if settings["weights"] == str(SMALL_VIT_FILE.resolve()) and not SMALL_VIT_FILE.exists():
-            pretrain_small_vit(machine)
+        if settings["weights"] == str(PRETRAINED.resolve()) and not PRETRAINED.with_name("result.json").exists():
+            log(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
+            run(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
+            log()
         result = fit(settings, out, machine, state, test)
     accuracies = (result["accuracy"], result["prompt_accuracy"]) if test else (result["val_accuracy"], None)
     log(f"{'test' if test else 'validation'} {percent(*accuracies)} with epoch {result['best_epoch']}, "
@@ -404,17 +403,8 @@ def run(settings, out, machine, test=True):
     return result
 
 
-def pretrain_small_vit(machine):
-    """Trains the drawn pictures' backbone by the same loop, and writes its weights."""
-    log(f"pre-training a small ViT on single shapes (once; kept as {SMALL_VIT_FILE})")
-    run(complete_settings(PRETRAINING), SMALL_VIT_FILE.parent, machine)
-    trained = sa2vp.read_checkpoint(SMALL_VIT_FILE.parent / "best.pt")["trained"]
-    save(SMALL_VIT_FILE, {n.removeprefix("vit."): tensor for n, tensor in trained.items() if n.startswith("vit.")})
-    log()
-
-
-def group_rows(scores, seeds, kind):
-    """Rows for the means of whole groups; `scores` is {(data set, variant): {seed: accuracy}}.
+def group_rows(scores, kind):
+    """Rows for the means of whole groups; `scores` is {(data set, variant): accuracies, one for each seed}.
 
     A group has a mean only if every member has every seed.
     """
@@ -423,7 +413,7 @@ def group_rows(scores, seeds, kind):
     for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
         members = [scores[part, variant] for part in parts if (part, variant) in scores]
         if len(members) == len(parts):
-            scores[group, variant] = {seed: mean(score.get(seed) for score in members) for seed in seeds}
+            scores[group, variant] = [mean(accuracies) for accuracies in zip(*members)]
             published = data.PUBLISHED.get(variant, {}).get(group)
             rows.append({"data": group, kind: variant, "published": published} | mean_and_std(scores[group, variant]))
     return rows
@@ -435,11 +425,11 @@ def mean(values):
     return statistics.mean(values) if values and None not in values else None
 
 
-def mean_and_std(score):
-    """{seed: accuracy} -> mean and standard deviation, for a row of a table."""
-    accuracy = mean(score.values())
-    several = accuracy is not None and len(score) > 1
-    return {"accuracy": accuracy, "std": statistics.stdev(score.values()) if several else None}
+def mean_and_std(accuracies):
+    """Mean and standard deviation over the seeds, for a row of a table."""
+    accuracy = mean(accuracies)
+    several = accuracy is not None and len(accuracies) > 1
+    return {"accuracy": accuracy, "std": statistics.stdev(accuracies) if several else None}
 
 
 def run_name(values, variant=None):
@@ -498,7 +488,7 @@ def predict(flags, machine):
     return failed
 
 
-TILE, TITLE = 204, 48  # pixels
+TILE, CAPTION = 200, 44  # pixels
 
 
 @torch.inference_mode()
@@ -514,7 +504,6 @@ def show(path, model, meta, samples):
     attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
     attention = (attention / attention.amax((0, 2, 3))[:, None, None]).sqrt()  # a few patches have most of it
     columns = {
-        "picture, as\nthe model sees it": seen,
         "class token's attention,\nbackbone alone": overlay(seen, attention[0]),
         "class token's attention,\ntuned (orange: most)": overlay(seen, attention[1]),
     }
@@ -524,18 +513,22 @@ def show(path, model, meta, samples):
         columns["change by the prompts\n(orange: most)"] = overlay(seen, strength)
         columns["prompt map, like prompts\nin like colours"] = principal_colours(model).expand(len(images), -1, -1, -1)
 
-    tiles = torch.stack([F.interpolate(tiles, (TILE - 4, TILE - 4)) for tiles in columns.values()], dim=1)
-    grid = to_pil_image(make_grid(tiles.flatten(0, 1), nrow=len(columns), padding=4, pad_value=1))
-    page = Image.new("RGB", (grid.width + TILE, grid.height + TITLE), "white")
-    page.paste(grid, (0, TITLE))
-    write = partial(ImageDraw.Draw(page).text, fill="black", font=ImageFont.load_default(15))
-    for x, title in enumerate([*columns, "predicted\nand true class"]):
-        write((x * TILE + 8, 6), title)
-    for y, ((_, label), guess) in enumerate(zip(samples, model(images)[0].argmax(dim=1).tolist())):
-        true = "" if label is None else f"\ntrue:\n{meta['classes'][label]}"
-        write((len(columns) * TILE + 8, TITLE + y * TILE + 8), f"predicted:\n{meta['classes'][guess]}{true}")
-    save(path.with_name("show.png"), page)
+    tiles = []
+    for i, guess in enumerate(model(images)[0].argmax(dim=1).tolist()):
+        label = samples[i][1]
+        true = "" if label is None else f"\ntrue: {meta['classes'][label]}"
+        tiles.append(tile(seen[i], f"predicted: {meta['classes'][guess]}{true}"))
+        tiles += [tile(column[i], title) for title, column in columns.items()]
+    save(path.with_name("show.png"), to_pil_image(make_grid(tiles, 1 + len(columns), pad_value=1)))
     log(f"wrote {path.with_name('show.png')}")
+
+
+def tile(pixels, caption):
+    """A picture (3, height, width), from 0 to 1, below a caption of two lines: (3, CAPTION + TILE, TILE)."""
+    image = Image.new("RGB", (TILE, CAPTION + TILE), "white")
+    image.paste(to_pil_image(pixels).resize((TILE, TILE), Image.Resampling.NEAREST), (0, CAPTION))
+    ImageDraw.Draw(image).text((4, 4), caption, "black", ImageFont.load_default(15))
+    return to_tensor(image)
 
 
 def overlay(pictures, values):
@@ -556,22 +549,19 @@ def principal_colours(model):
 # ---------------------------------------------------------------------- what a step costs
 
 BENCH = {  # row of the table: (method, its options); the frozen encoder has a linear head
-    "train: frozen encoder": ("linear", {}),
-    "train: linear": ("linear", {}),
-    "train: adapter": ("adapter", {"dropout": 0.0}),
-    "train: VPT-deep, 50 prompts": ("vpt", {}),
-    "train: full fine-tuning": ("full", {}),
-    "train: SA2VP": ("sa2vp", {"dropout": 0.0}),
-    "train: SA2VP, 7x7 prompt map": ("sa2vp", {"dropout": 0.0, "prompt_grid": (7, 7)}),
-    "train: SA2VP, dropout 0.1": ("sa2vp", {"dropout": 0.1}),
-    "predict: frozen encoder": ("linear", {}),
-    "predict: SA2VP": ("sa2vp", {}),
-    "predict: SA2VP, 7x7 prompt map": ("sa2vp", {"prompt_grid": (7, 7)}),
+    "frozen encoder": ("linear", {}),
+    "linear probe": ("linear", {}),
+    "adapter": ("adapter", {"dropout": 0.0}),
+    "VPT-deep, 50 prompts": ("vpt", {}),
+    "full fine-tuning": ("full", {}),
+    "SA2VP": ("sa2vp", {"dropout": 0.0}),
+    "SA2VP, 7x7 prompt map": ("sa2vp", {"dropout": 0.0, "prompt_grid": (7, 7)}),
+    "SA2VP, dropout 0.1": ("sa2vp", {"dropout": 0.1}),
 }
 
 
 def bench(flags, machine, rounds=7):
-    """--bench: time per image of a step of the loop beside the frozen encoder's, and on CUDA the memory that it adds.
+    """--bench: time per image of training and prediction beside the frozen encoder's, and on CUDA the memory added.
 
     The rows take turns, so that a noisy machine is noisy for all of them: a row's ratio is the median of
     its ratios to the encoder's in the same round.
@@ -579,37 +569,38 @@ def bench(flags, machine, rounds=7):
     cuda, weights, scaler = machine.device.type == "cuda", flags.get("weights"), torch.amp.GradScaler(enabled=False)
     batch_size, repeats = flags.get("batch_size", 64 if cuda else 8), 10 if cuda else 1  # a GPU's step is short
     settings = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-4, "batch_size": batch_size}
-    rows, models, times, memory = [], {}, {name: [] for name in BENCH}, {}
+    models, memory, seconds = [], {}, np.empty((2 + rounds, len(BENCH), 2))
     for name, (method, options) in BENCH.items():
         backbone = vit.load_vit(weights) if weights else vit.VisionTransformer()
         model = sa2vp.METHODS[method](backbone, 200, **options).to(machine.device)
-        if name == "train: frozen encoder":
+        if name == "frozen encoder":
             backbone.pos_embed.requires_grad_()  # backward reaches the first layer's input
-        models[name] = wrap(model, machine)[1], make_optimizer(model, 1e-4)
+        models.append((wrap(model, machine)[1], make_optimizer(model, 1e-4)))
     images = torch.randn(batch_size, 3, *backbone.image_size, device=machine.device)
     batches = [(images, torch.zeros(batch_size, dtype=torch.long, device=machine.device))] * repeats
-    for turn in progress(range(-2, rounds), "rounds"):
-        for name, (network, optimizer) in models.items():
-            start, before = time.perf_counter(), torch.cuda.memory_allocated()
+    for times in progress(seconds, "rounds"):
+        for row, (network, optimizer) in enumerate(models):
+            before = torch.cuda.memory_allocated()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            if name.startswith("train"):
-                train_epoch(network, batches, optimizer, scaler, settings, 0, machine)
-            else:
-                evaluate(network, batches, machine)
-            if turn >= 0:  # the first two warm up
-                times[name].append(time.perf_counter() - start)
-                memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+            start = time.perf_counter()
+            train_epoch(network, batches, optimizer, scaler, settings, 0, machine)
+            trained = time.perf_counter()
+            evaluate(network, batches, machine)
+            times[row] = trained - start, time.perf_counter() - trained
+            memory[row] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
 
-    for name in BENCH:
-        encoder = f"{name.split(':')[0]}: frozen encoder"
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(times[name], times[encoder]))
-        milliseconds = 1000 * statistics.median(times[name]) / batch_size / repeats
-        rows.append({"step": name, "ms per image": milliseconds, "time ratio": ratio, "MB": memory[name]})
+    seconds = seconds[2:]  # the first two rounds warm up
+    milliseconds = 1000 * np.median(seconds, axis=0) / batch_size / repeats
+    ratios = np.median(seconds / seconds[:, :1], axis=0)
     kind = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     log(f"batch {batch_size}, {kind}, {text(machine.dtype)}{', compiled' if machine.compile else ''}, PyTorch "
         f"{torch.__version__}; medians of {rounds} rounds")  # fmt: skip
-    print_table(rows)
+    print_table([
+        {"per image": name, "training ms": milliseconds[row, 0], "ratio": ratios[row, 0],
+         "prediction ms": milliseconds[row, 1], "its ratio": ratios[row, 1], "MB": memory[row]}
+        for row, name in enumerate(BENCH)
+    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------- files and what is printed
@@ -761,8 +752,10 @@ def layers(value):
 
 def grid(value):
     """A type for argparse: "7x7" or "half"."""
-    height, width = (1, 1) if value == "half" else map(number(int, 1, 100), value.split("x"))
-    return value if value == "half" else (height, width)
+    if value == "half":
+        return value
+    height, width = map(number(int, 1, 100), value.split("x"))
+    return height, width
 
 
 def window(value):
@@ -794,7 +787,22 @@ SETTINGS = {  # flags that are settings of a run: (type, what --help says); the 
 }
 CHOICES = {"method": list(sa2vp.METHODS), "normalize": list(vit.NORMALIZE)}
 REPEATED = ("data", "method", "seed")  # whose values are not searched for the best
-MACHINE = ("gpu", "cpu", "workers", "compile", "root")
+MACHINE = {
+    "gpu": (NATURAL, "this GPU; default the best device there is"),
+    "cpu": (bool, "no GPU"),
+    "workers": (number(int, 0, 101), "processes that load pictures; default one per CPU, at most 16"),
+    "compile": (bool, "run the model through torch.compile"),
+    "root": (Path, "where data sets are kept; default data"),
+}
+OTHERS = {
+    "out": (Path, "a run's folder, or that of several; default runs/<what was given>"),
+    "ablate": (bool, "train SA2VP and its ablations"),
+    "list": (bool, "print the data sets and the backbones that are known by name"),
+    "bench": (bool, "print what a step costs beside the frozen encoder's; writes nothing"),
+    "eval": (Path, "a best.pt: print its test accuracy again"),
+    "predict": (Path, "a best.pt, and pictures or folders: print their classes"),
+    "show": (number(int, 1, 101), "with --eval, --predict: draw what the model looks at, show.png"),
+}
 JOBS = {  # flag: (what it does, the other flags that it takes)
     "list": (print_known, ()),
     "bench": (bench, ("weights", "batch_size")),
@@ -813,23 +821,13 @@ def command_line():
     """The parser. A flag that is not given is absent from its result."""
     parser = CommandLine(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add = parser.add_argument_group("settings of a run, each with one value or several").add_argument
-    for name, (kind, description) in SETTINGS.items():
-        add(flag(name), type=kind, nargs="+", metavar="X", help=description, choices=CHOICES.get(name))
-    add = parser.add_argument_group("where and how").add_argument
-    add("--out", type=Path, metavar="PATH", help="a run's folder, or that of several; default runs/<what was given>")
-    add("--root", type=Path, metavar="PATH", help="where data sets are kept; default data")
-    add("--gpu", type=NATURAL, metavar="N", help="this GPU; default the best device there is")
-    add("--cpu", action="store_true", help="no GPU")
-    add("--workers", type=number(int, 0, 101), metavar="N", help="processes that load pictures; default one per CPU, at most 16")
-    add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--show", type=number(int, 1, 101), metavar="N", help="with --eval, --predict: draw what it looks at, show.png")
-    add = parser.add_argument_group("instead of plain training").add_mutually_exclusive_group().add_argument
-    add("--ablate", action="store_true", help="train SA2VP and its ablations")
-    add("--list", action="store_true", help="print the data sets and the backbones that are known by name")
-    add("--bench", action="store_true", help="print what a step costs beside the frozen encoder's; writes nothing")
-    add("--eval", type=Path, metavar="CHECKPOINT", help="print the test accuracy of a best.pt again")
-    add("--predict", type=Path, nargs="+", metavar="PATH", help="a best.pt and pictures or folders: print their classes")
+    groups = {"settings, each with one value or several": SETTINGS, "machine": MACHINE, "what is done": OTHERS}
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, description) in flags.items():
+            several = "+" if flags is SETTINGS or name == "predict" else None
+            values = dict(type=kind, nargs=several, choices=CHOICES.get(name), metavar="X")
+            group.add_argument(flag(name), help=description, **{"action": "store_true"} if kind is bool else values)
     return parser
 
 

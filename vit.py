@@ -164,7 +164,8 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
     """Reads pre-trained weights into a VisionTransformer of the size that the file has.
 
     weights     a name in `BACKBONES`, downloaded once, or a file: Google's .npz; .safetensors, .pth or
-                .pt with the tensor names of timm (DeiT, MAE and DINO have them) or of torchvision
+                .pt with the tensor names of timm (DeiT, MAE and DINO have them) or of torchvision;
+                best.pt of a full fine-tuning
     image_size  pixels, an int or (height, width); position embeddings are interpolated to its grid
     heads       None: as the file says (only .npz does), else width / 64, which is wrong for ViT-H
     normalize   "half" or "imagenet"; None: as the table says, for other files "half" if .npz
@@ -236,7 +237,7 @@ def vit_from_tensors(tensors, image_size=None, heads=None):
 
 
 def read_tensors(path):
-    """Name -> tensor of a .npz, .safetensors, .pth or .pt file (there bare, or under "model" or "state_dict")."""
+    """Name -> tensor of a .npz, .safetensors, .pth or .pt file (there bare, or under a name such as "model")."""
     if path.suffix == ".safetensors":
         return read_safetensors(bytearray(path.read_bytes()))
     try:
@@ -246,7 +247,8 @@ def read_tensors(path):
         # Training scripts save their argparse.Namespace beside the weights. It is harmless data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content.get("model", content.get("state_dict", content))
+        for wrapper in ("model", "state_dict", "trained"):
+            content = content.get(wrapper, content)
         return {name: tensor.detach() for name, tensor in content.items()}
     except Exception as error:  # torch and numpy raise whatever the bytes happen to provoke
         raise ValueError("this is no file of tensors") from error
@@ -312,7 +314,8 @@ def rename(tensors, names):
     return tensors
 
 
-NAMES = {  # Google's and torchvision's -> timm's
+NAMES = {  # Google's, torchvision's and full fine-tuning's -> timm's
+    r"^vit\.": "",
     r"^(cls|class_token)$": "cls_token",
     r"^(Transformer/posembed_input/pos_embedding|encoder\.pos_embedding)$": "pos_embed",
     r"^(embedding/|conv_proj\.)": "patch_embed.proj.",
