@@ -325,20 +325,20 @@ class Pictures(Dataset):
 
 
 def make_loader(samples, input, batch_size, workers, pin_memory=False, shuffle_seed=None, rank=0, world=1):
-    """A DataLoader of one epoch; with a `shuffle_seed` shuffled, and without the last incomplete batch.
+    """A DataLoader of one epoch; with a `shuffle_seed` augmented, shuffled, and without the last incomplete batch.
 
-    Of `world` processes, each makes its share of every batch: `batch_size` is that of all together.
-    Workers draw their crops and flips from PyTorch's generator as it stands when the epoch begins.
+    `input` holds the arguments of `transform`. Of `world` processes, each makes its share of every batch:
+    `batch_size` is that of all together. Workers draw crops and flips from PyTorch's generator as it stands
+    when the epoch begins.
     """
-    sampler = None
-    if shuffle_seed is None:
-        samples = samples[rank::world]
-    else:
+    training, sampler = shuffle_seed is not None, None
+    if training:
         sampler = DistributedSampler(samples, world, rank, seed=shuffle_seed, drop_last=True)
-    pictures = Pictures(samples, transform(**input, training=shuffle_seed is not None))
+    else:
+        samples = samples[rank::world]
     return DataLoader(
-        pictures, batch_size // world, sampler=sampler, drop_last=sampler is not None,
-        num_workers=workers, pin_memory=pin_memory,
+        Pictures(samples, transform(**input, training=training)), batch_size // world, sampler=sampler,
+        drop_last=training, num_workers=workers, pin_memory=pin_memory,
     )  # fmt: skip
 
 

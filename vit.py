@@ -110,7 +110,6 @@ class VisionTransformer(nn.Module):
         self.drop = nn.Dropout(0.0)
         self.blocks = nn.ModuleList(Block(dim, heads, round(mlp_ratio * dim)) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -164,8 +163,7 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
     """Reads pre-trained weights into a VisionTransformer of the size that the file has.
 
     weights     a name in `BACKBONES`, downloaded once, or a file: Google's .npz; .safetensors, .pth or
-                .pt with the tensor names of timm (DeiT, MAE and DINO have them) or of torchvision;
-                best.pt of a full fine-tuning
+                .pt with the tensor names of timm (DeiT, MAE, DINO) or torchvision; a best.pt that holds all of a ViT
     image_size  pixels, an int or (height, width); position embeddings are interpolated to its grid
     heads       None: as the file says (only .npz does), else width / 64, which is wrong for ViT-H
     normalize   "half" or "imagenet"; None: as the table says, for other files "half" if .npz
@@ -226,7 +224,6 @@ def vit_from_tensors(tensors, image_size=None, heads=None):
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     if heads is None and dim % 64:
         raise ValueError(f"its width {dim} is not a multiple of 64: give the number of heads (--heads)")
-
     side = math.isqrt(positions - 1)
     image_size = image_size or tuple(side * patch for patch in patch_size)
     vit = VisionTransformer(image_size, patch_size, dim, depth, heads or dim // 64, hidden / dim)
