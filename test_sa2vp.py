@@ -862,22 +862,13 @@ def test_compiling_changes_no_more_than_rounding_and_happens_in_every_run(settin
 # ---------------------------------------------------------------------- several processes
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def torchrun(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def launch(command, **environment):
-    """Two processes of one job, as torchrun would start them; `command` is a function of the rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    jobs = []
-    for rank in "01":
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | environment
-        process = [sys.executable, *map(str, command(rank))]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        jobs.append(subprocess.Popen(process, env=ENVIRONMENT | own, **pipes))
-    return jobs
+TWO = ("--standalone", "--nproc_per_node=2")
 
 
 def test_two_processes_train_and_test_as_one_does(run, command, settings, monkeypatch):
@@ -885,11 +876,10 @@ def test_two_processes_train_and_test_as_one_does(run, command, settings, monkey
         names = {f"{i % 3}/{split}{i}.jpg": i % 3 for i in range(count)}
         write(Path("data/dogs"), {f"Images/{name}": None for name in names} | {f"{split}.json": names})
     flags = ["--data", "hta/dogs", "--dropout", 0, "--epochs", 2]  # without random crops
-    jobs = launch(lambda rank: [train.__file__, *command(*flags, "--out", "two")])
+    job = torchrun(*TWO, train.__file__, *command(*flags, "--out", "two"))
     rows, _ = outcome(run(*flags, out="one"))
-    (output, errors), (silent, _) = (job.communicate(timeout=60) for job in jobs)
-    assert [job.returncode for job in jobs] == [0, 0], errors
-    assert output.count("validation") == 3 and silent == ""  # one process prints: the data, and a line per epoch
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode == 0 and output.count("validation") == 3, errors  # one process prints
     for ours, theirs in zip(rows, outcome(Path("two"))[0]):
         assert float(ours.pop("loss", 0)) == pytest.approx(float(theirs.pop("loss", 0)), rel=1e-4) and ours == theirs
     monkeypatch.setattr(train, "WORLD", 2)
@@ -901,25 +891,25 @@ def test_two_processes_train_and_test_as_one_does(run, command, settings, monkey
 def test_a_process_that_fails_ends_all(command, tmp_path):
     folder = make_folder(tmp_path / "pictures", {"train": 8, "test": 4})
     (folder / "train" / "bee" / "0.png").write_bytes(b"no picture")  # in the share of one of the two
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
-    flags = command("--data", folder, "--batch-size", 2, "--epochs", 9)
-    job = subprocess.run([*torchrun, *flags], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    job = torchrun(*TWO, train.__file__, *command("--data", folder, "--batch-size", 2, "--epochs", 9))
+    _, errors = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert re.search(r"^train\.py: cannot read the picture .*bee/0\.png: UnidentifiedImageError$", job.stderr, re.M)
+    assert re.search(r"^train\.py: cannot read the picture .*bee/0\.png: UnidentifiedImageError$", errors, re.M)
 
 
 def test_the_first_process_of_each_machine_downloads(command):
-    """Two processes pretend to be two machines: each has its own data."""
-    code = """import sys; sys.path.insert(0, sys.argv.pop(1)); import data, train; load = data.load
+    code = f"""import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import data, train; load = data.load
 data.load = lambda row, root, *more: (root / 'asked').touch() or load(row, root, *more)
 train.main()"""
-    for rank in "01":
-        Path(f"machine{rank}").mkdir()
-    call = ["-c", code, Path(train.__file__).parent, *command("--out", "out"), "--root"]
-    jobs = launch(lambda rank: [*call, f"machine{rank}"], LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    write(Path(), {"program.py": code, "machine0/a": "", "machine1/a": ""})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nodes = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
+    flags = ["program.py", *command("--out", "out"), "--root"]
+    jobs = [torchrun(*nodes, f"--node_rank={node}", *flags, f"machine{node}") for node in (0, 1)]
     outputs = [job.communicate(timeout=60) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs
-    assert all(Path(f"machine{rank}/asked").exists() for rank in "01") and result(Path("out"))["best_epoch"] == 1
+    assert all(Path(f"machine{node}/asked").exists() for node in (0, 1)), outputs
+    assert [job.returncode for job in jobs] == [0, 0] and result(Path("out"))["best_epoch"] == 1
 
 
 def test_after_ctrl_c_under_torchrun_one_process_says_how_to_go_on(monkeypatch, capsys):
@@ -1244,12 +1234,14 @@ def test_several_runs_end_with_one_table_also_after_an_interruption(run, command
 
 def test_a_group_has_mean_and_deviation_of_its_parts_if_every_member_has_every_seed(monkeypatch):
     monkeypatch.setattr(data, "GROUPS", {"pair": ["a", "b"], "trio": ["pair", "c"]})
-    a, c = [50.0, 60.0], [20.0, 30.0]
-    for b, pair, trio, std in (([70.0, 40.0], 55.0, 40.0, 50**0.5), ([None, 40.0], None, None, None), ([], None, None, None)):
-        rows = train.group_rows({("a", "sa2vp"): a, ("b", "sa2vp"): b, ("c", "sa2vp"): c}, "method")
-        assert [(row["data"], row["accuracy"]) for row in rows] == [("pair", pair), ("trio", trio)]
-        assert rows[0]["std"] == (std and pytest.approx(std))  # of 60 and 50, the pair's mean with each seed
-    assert train.group_rows({("a", "sa2vp"): a, ("c", "sa2vp"): c}, "method") == []
+    scores = {("a", "vpt"): [50.0, 60.0], ("c", "vpt"): [20.0, 30.0]}
+    assert train.group_rows(scores, "method") == []
+    pair, trio = train.group_rows(scores | {("b", "vpt"): [70.0, 40.0]}, "method")
+    assert (pair["accuracy"], pair["std"]) == (55.0, pytest.approx(50**0.5))  # of 60 and 50, its means with each seed
+    assert (trio["data"], trio["accuracy"]) == ("trio", 40.0)
+    for some in ([None, 40.0], []):
+        rows = train.group_rows(scores | {("b", "vpt"): some}, "method")
+        assert [(row["accuracy"], row["std"]) for row in rows] == [(None, None)] * 2
 
 
 def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(run, monkeypatch):
@@ -1481,11 +1473,10 @@ def test_every_link_within_the_readme_leads_to_a_heading():
 @pytest.mark.parametrize("module", [vit, sa2vp, data, train], ids=lambda module: module.__name__)
 def test_every_public_class_function_and_method_has_a_docstring(module):
     tree = ast.parse(Path(module.__file__).read_text())
-    parts = [part for part in (tree, *tree.body) if isinstance(part, (ast.Module, ast.ClassDef))]
-    found = [node for part in parts for node in part.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
-    # A forward without one is described by its class.
-    public = [node for node in found if not node.name.startswith("_") and node.name != "forward"]
-    assert len(public) > 10 and [node.name for node in public if not ast.get_docstring(node)] == []
+    parts = [part for part in ast.walk(tree) if isinstance(part, ast.ClassDef)]
+    found = [part for scope in (tree, *parts) for part in scope.body if isinstance(part, ast.ClassDef | ast.FunctionDef)]
+    without = {part.name for part in found if not ast.get_docstring(part)}
+    assert len(found) > 10 and without <= {"__init__", "forward", "__len__", "__getitem__"}  # which the class describes
 
 
 # ---------------------------------------------------------------------- on a GPU

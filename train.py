@@ -312,6 +312,8 @@ SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=1, n
 PRETRAINED = Path(data.TABLE["shapes"].weights)
 PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
 
+REPEATED = {"data": ["shapes"], "method": ["sa2vp"], "seed": [RECIPE["seed"]]}  # the defaults; several values are no search
+
 
 def train(flags, machine):
     """Every run that was asked for, one after another; several end with a table. Returns whether one could not run.
@@ -320,21 +322,24 @@ def train(flags, machine):
     is trained with the first seed, without test data. Only the one of highest validation accuracy is then
     trained with every seed and tested.
     """
-    values, ablate = {name: flags[name] for name in SETTINGS if name in flags}, "ablate" in flags
-    combinations, seeds = list_combinations(values, ablate), values.get("seed", [42])
-    varied, kind = [name for name in values if len(values[name]) > 1], "variant" if ablate else "method"
-    out = flags.get("out", Path("runs", run_name(values, "ablation" if ablate else None)))
-    single = not varied and len(combinations) == 1
+    given, ablate = {name: flags[name] for name in SETTINGS if name in flags}, "ablate" in flags
+    combinations, seeds = list_combinations(given, ablate), (REPEATED | given)["seed"]
+    varied, kind = [name for name in given if len(given[name]) > 1], "variant" if ablate else "method"
+    out = flags.get("out", Path("runs", run_name(given, "ablation" if ablate else None)))
+    if not varied and len(combinations) == 1:
+        ((settings,),) = combinations.values()
+        run(settings, out, machine)
+        return False
     rows, scores, failures = [], {}, []
 
     def attempt(variant, settings, test=True):
         """The result of one of the runs; {} if it could not run."""
         own = {name: [settings[name]] for name in ("data", *varied) if name in settings}
-        folder = out if single else out / (run_name(own, variant) + "-tune" * settings["tune"])
+        folder = out / (run_name(own, variant) + "-tune" * settings["tune"])
         try:
             return run(settings, folder, machine, test)
         except BAD_INPUT as error:
-            if single or WORLD > 1:  # other processes would still be in there
+            if WORLD > 1:  # the others would still be in there
                 raise
             failures.append(folder)
             print(f"train.py: {folder.name} could not run: {one_line(error)}", file=sys.stderr)
@@ -353,34 +358,34 @@ def train(flags, machine):
             if settings is best:
                 found |= mean_and_std(scores[member, variant])
             rows.append({name: text(value) for name, value in settings.items()} | found)
-    if not single:
-        rows += group_rows(scores, kind)
-        columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
-        columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
-        rows = [{column: row.get(column) for column in columns} for row in rows]
-        save(out / "results.csv", rows)
-        print_table(rows)
+    rows += group_rows(scores, kind)
+    columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
+    columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
+    rows = [{column: row.get(column) for column in columns} for row in rows]
+    save(out / "results.csv", rows)
+    print_table(rows)
     return bool(failures)
 
 
-def list_combinations(values, ablate=False):
+def list_combinations(given, ablate=False):
     """{setting: values} -> {(data set, variant): [the settings of each combination, with the first seed]}.
 
     Data sets, methods and seeds are repetitions; whatever else has several values makes combinations. A
     setting is for the methods that have it.
     """
-    variants = ABLATIONS if ablate else {method: {"method": method} for method in values.get("method", ["sa2vp"])}
-    if changed := ablate and values.keys() & set().union(*ABLATIONS.values()):
+    values = REPEATED | given
+    variants = ABLATIONS if ablate else {method: {"method": method} for method in values["method"]}
+    if changed := ablate and given.keys() & set().union(*ABLATIONS.values()):
         raise ValueError(f"{flag(min(changed))} has no part in --ablate, which changes it itself")
-    members = [member for name in values.get("data", ["shapes"]) for member in data.members(name)]
+    members = [member for name in values["data"] for member in data.members(name)]
     combinations, used = {}, set(REPEATED)
     for member, (variant, change) in itertools.product(members, variants.items()):
-        fixed = {"data": member, "method": "sa2vp", "seed": values.get("seed", [42])[0]} | change
-        own = [name for name in values if name in complete_settings(fixed) and name not in REPEATED]
+        fixed = {"data": member, "method": "sa2vp", "seed": values["seed"][0]} | change
+        own = [name for name in given if name in complete_settings(fixed) and name not in REPEATED]
         used |= set(own)
-        choices = itertools.product(*(values[name] for name in own))
+        choices = itertools.product(*(given[name] for name in own))
         combinations[member, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in choices]
-    if unused := values.keys() - used:
+    if unused := given.keys() - used:
         raise ValueError(f"{flag(min(unused))} is no setting of {' or '.join(variants)}")
     return combinations
 
@@ -432,12 +437,12 @@ def mean_and_std(accuracies):
     return {"accuracy": accuracy, "std": statistics.stdev(accuracies) if several else None}
 
 
-def run_name(values, variant=None):
+def run_name(given, variant=None):
     """A folder's name: data set, method (or variant) and whatever else was given, such as cub-sa2vp-lr0.005."""
-    values = {"data": ["shapes"], "method": ["sa2vp"]} | values
-    names = [name if name in data.GROUPS else data.find(name).name for name in values.pop("data")]
+    values = REPEATED | given
+    names = [name if name in data.GROUPS else data.find(name).name for name in values["data"]]
     parts = ["+".join(names), variant or "+".join(values["method"])]
-    parts += [name + "+".join(map(text, values[name])) for name in values if name != "method"]
+    parts += [name + "+".join(map(text, given[name])) for name in given if name not in ("data", "method")]
     return "-".join(parts).replace("/", "-")
 
 
@@ -786,7 +791,6 @@ SETTINGS = {  # flags that are settings of a run: (type, what --help says); the 
     "fusion_layers": (layers, "F, a subset of D, or none; default D without 0"),
 }
 CHOICES = {"method": list(sa2vp.METHODS), "normalize": list(vit.NORMALIZE)}
-REPEATED = ("data", "method", "seed")  # whose values are not searched for the best
 MACHINE = {
     "gpu": (NATURAL, "this GPU; default the best device there is"),
     "cpu": (bool, "no GPU"),
