@@ -338,7 +338,7 @@ def make_loader(samples, input, batch_size, workers, pin_memory=False, shuffle_s
         samples = samples[rank::world]
     return DataLoader(
         Pictures(samples, transform(**input, training=training)), batch_size // world, sampler=sampler,
-        drop_last=training, num_workers=workers, pin_memory=pin_memory,
+        drop_last=training, num_workers=workers if samples else 0, pin_memory=pin_memory,
     )  # fmt: skip
 
 

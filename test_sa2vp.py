@@ -897,7 +897,7 @@ def test_a_process_that_fails_ends_all(command, tmp_path):
 def test_the_first_process_of_each_machine_downloads(command):
     code = f"""import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import data, train; load = data.load
 data.load = lambda row, root, *more: (root / 'asked').touch() or load(row, root, *more)
-train.main()"""
+train.main(sys.argv[1:])"""
     write(Path(), {"program.py": code, "machine0/a": "", "machine1/a": ""})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -39,13 +39,13 @@ import data
 import sa2vp
 import vit
 
-# The recipe. A data set's row may have its own values, a method has further options.
+# Settings that are the same for all data sets and methods.
 RECIPE = dict(
-    seed=42, weights=None, heads=None, normalize=None, image_size=224, epochs=100, batch_size=64, weight_decay=1e-4,
+    seed=42, weight_decay=1e-4, heads=None, normalize=None,
     tune=False,  # VTAB-1k alone: train800 and val200, without test
 )  # fmt: skip
 # Peak learning rates of AdamW: sa2vp's is the paper's; vpt's and linear's were searched on validation data;
-# adapter's is sa2vp's and full's a customary one.
+# adapter's is sa2vp's and full's a customary one. A data set may have its own.
 LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "adapter": 1e-3, "linear": 1e-2, "full": 1e-4}
 
 # torchrun's processes: which one this is, how many there are, and the same on this machine.
@@ -71,15 +71,15 @@ class Machine(NamedTuple):
 def fit(settings, out, machine, state, test=True):
     """Trains by `settings`, going on from `state` (what out/last.pt holds, if anything); returns the result, a dict.
 
-    Everything random in an epoch follows from (seed, epoch), so that a run that was interrupted ends with
-    the numbers of one that was not. Without `test` the test data is not read.
+    Everything random in an epoch follows from (seed, epoch), so that a run that was interrupted ends with the
+    numbers of one that was not, given as many workers and processes. Without `test` it is not tested.
     """
     splits, backbone = read_inputs(settings, machine)
     model, meta = build_model(settings, backbone, splits.classes, machine)
     optimizer = make_optimizer(model, settings["weight_decay"])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     history = restore(state, meta, model, optimizer, scaler)  # a dict for each epoch
-    network, training_network = wrap(model, machine)
+    network = wrap(model, machine)
     loader = partial(make_loader, meta=meta, machine=machine)
     log(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
         f"{machine.device} in {text(machine.dtype)}, to {out}")  # fmt: skip
@@ -88,7 +88,7 @@ def fit(settings, out, machine, state, test=True):
         start = time.perf_counter()
         torch.manual_seed(seed_from(settings["seed"], epoch, RANK))  # of dropout, crops and flips
         batches = loader(splits.train, shuffle_seed=seed_from(settings["seed"], epoch))
-        loss, lr, speed = train_epoch(training_network, batches, optimizer, scaler, settings, epoch, machine)
+        loss, lr, speed = train_epoch(network, batches, optimizer, scaler, settings, epoch, machine)
         accuracy, prompt_accuracy = evaluate(network, loader(splits.val), machine)
         history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy, val_prompt_accuracy=prompt_accuracy,
                             images_per_second=speed, seconds=time.perf_counter() - start))  # fmt: skip
@@ -196,9 +196,10 @@ def seed_from(*numbers):
 def complete_settings(given):
     """All settings of a run: those that were given, else the data set's own, else the method's, else the recipe's."""
     row, method = data.find(given["data"]), given["method"]
-    options = inspect.signature(sa2vp.METHODS[method]).parameters.values()
-    defaults = RECIPE | {option.name: option.default for option in options if option.default is not option.empty}
-    settings = {name: getattr(row, name, default) for name, default in defaults.items()}
+    settings = RECIPE | {name: getattr(row, name) for name in ("weights", "image_size", "batch_size", "epochs")}
+    for option in inspect.signature(sa2vp.METHODS[method]).parameters.values():
+        if option.default is not option.empty:
+            settings[option.name] = getattr(row, option.name, option.default)
     settings |= {"lr": (LEARNING_RATE | row.lr)[method]} | given
     settings.setdefault("warmup_epochs", round(settings["epochs"] / 10))  # the recipe's 10 of 100
     for name, known in (("data", data.TABLE), ("weights", vit.BACKBONES)):
@@ -275,16 +276,14 @@ def restore(state, meta, model, optimizer, scaler):
 
 
 def wrap(model, machine):
-    """(the network to evaluate, the network to train): the same parameters, compiled or shared by processes if need be."""
-    network = model
+    """The model, compiled or shared by processes if need be, with the same parameters."""
     if machine.compile:
         torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
-        network = torch.compile(model, dynamic=False)
-    if WORLD == 1:
-        return network, network
-    shared = DistributedDataParallel(network)  # averages the gradients
-    shared.broadcast_buffers = False  # the masks never change
-    return network, shared
+        model = torch.compile(model, dynamic=False)
+    if WORLD > 1:
+        model = DistributedDataParallel(model)  # averages the gradients
+        model.broadcast_buffers = False  # the masks never change; and evaluation then needs no other process
+    return model
 
 
 def make_loader(samples, meta, machine, shuffle_seed=None):
@@ -322,9 +321,12 @@ def train(flags, machine):
     is trained with the first seed, without test data. Only the one of highest validation accuracy is then
     trained with every seed and tested.
     """
-    given, ablate = {name: flags[name] for name in SETTINGS if name in flags}, "ablate" in flags
-    combinations, seeds = list_combinations(given, ablate), (REPEATED | given)["seed"]
-    varied, kind = [name for name in given if len(given[name]) > 1], "variant" if ablate else "method"
+    given = {name: flags[name] for name in SETTINGS if name in flags}
+    ablate = "ablate" in flags
+    kind = "variant" if ablate else "method"
+    combinations = list_combinations(given, ablate)
+    seeds = (REPEATED | given)["seed"]
+    varied = [name for name in given if len(given[name]) > 1]
     out = flags.get("out", Path("runs", run_name(given, "ablation" if ablate else None)))
     if not varied and len(combinations) == 1:
         ((settings,),) = combinations.values()
@@ -350,6 +352,7 @@ def train(flags, machine):
         if len(choices) > 1:
             searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
             best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
+        # With the first seed the chosen run is the search's own, to be tested; VTAB-1k's trains anew, on val200 too.
         tested = [attempt(variant, best | {"seed": seed}) for seed in seeds if any(searched) or not searched]
         scores[member, variant] = [result.get("accuracy") for result in tested]
         for settings, results in zip(choices, [[result] for result in searched] or [tested]):
@@ -509,8 +512,8 @@ def show(path, model, meta, samples):
     attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
     attention = (attention / attention.amax((0, 2, 3))[:, None, None]).sqrt()  # a few patches have most of it
     columns = {
-        "class token's attention,\nbackbone alone": overlay(seen, attention[0]),
-        "class token's attention,\ntuned (orange: most)": overlay(seen, attention[1]),
+        "class token's attention,\nencoder alone": overlay(seen, attention[0]),
+        "class token's attention,\nwhole model": overlay(seen, attention[1]),
     }
     if isinstance(model, sa2vp.SA2VP):
         strength = sa2vp.prompting_strength(model, images)
@@ -553,20 +556,20 @@ def principal_colours(model):
 
 # ---------------------------------------------------------------------- what a step costs
 
-BENCH = {  # row of the table: (method, its options); the frozen encoder has a linear head
-    "frozen encoder": ("linear", {}),
-    "linear probe": ("linear", {}),
-    "adapter": ("adapter", {"dropout": 0.0}),
-    "VPT-deep, 50 prompts": ("vpt", {}),
-    "full fine-tuning": ("full", {}),
-    "SA2VP": ("sa2vp", {"dropout": 0.0}),
-    "SA2VP, 7x7 prompt map": ("sa2vp", {"dropout": 0.0, "prompt_grid": (7, 7)}),
-    "SA2VP, dropout 0.1": ("sa2vp", {"dropout": 0.1}),
+BENCH = {  # row of the table: method and options; the frozen encoder has a linear head
+    "frozen encoder": {"method": "linear"},
+    "linear probe": {"method": "linear"},
+    "adapter": {"method": "adapter", "dropout": 0.0},
+    "VPT-deep, 50 prompts": {"method": "vpt"},
+    "full fine-tuning": {"method": "full"},
+    "SA2VP": {"method": "sa2vp", "dropout": 0.0},
+    "SA2VP, 7x7 prompt map": {"method": "sa2vp", "dropout": 0.0, "prompt_grid": (7, 7)},
+    "SA2VP, dropout 0.1": {"method": "sa2vp", "dropout": 0.1},
 }
 
 
 def bench(flags, machine, rounds=7):
-    """--bench: time per image of training and prediction beside the frozen encoder's, and on CUDA the memory added.
+    """--bench: time per image of training and prediction beside the frozen encoder's; on CUDA, memory for training.
 
     The rows take turns, so that a noisy machine is noisy for all of them: a row's ratio is the median of
     its ratios to the encoder's in the same round.
@@ -575,12 +578,13 @@ def bench(flags, machine, rounds=7):
     batch_size, repeats = flags.get("batch_size", 64 if cuda else 8), 10 if cuda else 1  # a GPU's step is short
     settings = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-4, "batch_size": batch_size}
     models, memory, seconds = [], {}, np.empty((2 + rounds, len(BENCH), 2))
-    for name, (method, options) in BENCH.items():
+    torch._dynamo.config.recompile_limit = 2 * len(BENCH)  # with --compile: for training and for prediction
+    for name, options in BENCH.items():
         backbone = vit.load_vit(weights) if weights else vit.VisionTransformer()
-        model = sa2vp.METHODS[method](backbone, 200, **options).to(machine.device)
+        model = sa2vp.build(backbone, 200, options).to(machine.device)
         if name == "frozen encoder":
             backbone.pos_embed.requires_grad_()  # backward reaches the first layer's input
-        models.append((wrap(model, machine)[1], make_optimizer(model, 1e-4)))
+        models.append((wrap(model, machine), make_optimizer(model, 1e-4)))
     images = torch.randn(batch_size, 3, *backbone.image_size, device=machine.device)
     batches = [(images, torch.zeros(batch_size, dtype=torch.long, device=machine.device))] * repeats
     for times in progress(seconds, "rounds"):
@@ -593,7 +597,7 @@ def bench(flags, machine, rounds=7):
             trained = time.perf_counter()
             evaluate(network, batches, machine)
             times[row] = trained - start, time.perf_counter() - trained
-            memory[row] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+            memory.setdefault(row, (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None)
 
     seconds = seconds[2:]  # the first two rounds warm up
     milliseconds = 1000 * np.median(seconds, axis=0) / batch_size / repeats
@@ -777,14 +781,14 @@ SETTINGS = {  # flags that are settings of a run: (type, what --help says); the 
     "heads": (COUNT, "of the backbone; default as the file says, else width / 64"),
     "normalize": (str, f"of the backbone's input: {', '.join(vit.NORMALIZE)}; default as the backbone's kind expects"),
     "image_size": (COUNT, "pixels, a multiple of the patch size; default the data set's"),
-    "epochs": (COUNT, "default 100"),
+    "epochs": (COUNT, "default the data set's"),
     "warmup_epochs": (NATURAL, "default a tenth of the epochs"),
     "batch_size": (COUNT, "default the data set's"),
     "lr": (number(float, 1e-12), "peak learning rate; default the method's"),
     "weight_decay": (number(float, 0), "default 1e-4"),
     "inner_dim": (COUNT, "r, of prompt maps and adapters; default the data set's"),
     "scale": (number(float, 0), "s, the weight of a message; default the data set's"),
-    "dropout": (number(float, 0, 1), "default 0.1"),
+    "dropout": (number(float, 0, 1), "default the data set's"),
     "window": (window, "side of the aligned neighbourhood, odd, or none; default 3"),
     "prompt_grid": (grid, "size of the prompt map such as 7x7, or half; default the image's grid"),
     "distill_layers": (layers, "D such as 0,4,8, or none; default every fourth layer"),
@@ -835,9 +839,8 @@ def command_line():
     return parser
 
 
-def main(argv=None):
+def main(argv):
     """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         flags = vars(command_line().parse_args(argv))
         job = next((name for name in JOBS if name in flags), "training")
@@ -848,31 +851,25 @@ def main(argv=None):
             flags[name], *more = flags[name]
             if more:
                 raise ValueError(f"{flag(name)} takes one value here")
-        failed = function(flags, choose_machine(flags))
+        code = 2 if function(flags, choose_machine(flags)) else 0
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        command = f"torchrun --nproc_per_node={LOCAL_WORLD}" if WORLD > 1 else "python"
-        message = f"interrupted; the same command goes on: {command} train.py {shlex.join(argv)}"
-        exit_with(130, message if RANK == 0 else "")
+        code = 130
+        if RANK == 0:
+            command = f"torchrun --nproc_per_node={LOCAL_WORLD}" if WORLD > 1 else "python"
+            print(f"interrupted; the same command goes on: {command} train.py {shlex.join(argv)}", file=sys.stderr)
     except BAD_INPUT as error:
-        exit_with(2, f"train.py: {one_line(error)}")
+        code = 2
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
     except Exception:
-        if WORLD == 1:
-            raise
-        exit_with(2, traceback.format_exc())
-    if failed:
-        sys.exit(2)
-
-
-def exit_with(code, message):
-    """Exits with a message. One of several processes does so at once, without waiting for the others: torchrun ends them."""
-    print(message, file=sys.stderr, end="\n" if message else "", flush=True)
-    if WORLD > 1:
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+        code = 1
+        traceback.print_exc()
+    if code and WORLD > 1:
+        os._exit(code)  # at once, without waiting for the others: torchrun ends them
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
