@@ -348,14 +348,14 @@ def train(flags, machine):
             return {}
 
     for (member, variant), choices in combinations.items():
-        row, best, searched = data.find(member), choices[0], []
+        row, best, searched, tested = data.find(member), choices[0], [], []
         if len(choices) > 1:
             searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
             best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
-        # With the first seed the chosen run is the search's own, to be tested; VTAB-1k's trains anew, on val200 too.
-        tested = [attempt(variant, best | {"seed": seed}) for seed in seeds if any(searched) or not searched]
+        if any(searched) or not searched:  # the first seed's only needs its test; VTAB-1k's is trained anew
+            tested = [attempt(variant, best | {"seed": seed}) for seed in seeds]
         scores[member, variant] = [result.get("accuracy") for result in tested]
-        for settings, results in zip(choices, [[result] for result in searched] or [tested]):
+        for settings, results in zip(choices, [[result] for result in searched] if searched else [tested]):
             found = {"data": row.name, kind: variant, "trainable": results[0].get("trainable")}
             found["val_accuracy"] = mean(result.get("val_accuracy") for result in results)
             if settings is best:
