@@ -512,13 +512,13 @@ def show(path, model, meta, samples):
     attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
     attention = (attention / attention.amax((0, 2, 3))[:, None, None]).sqrt()  # a few patches have most of it
     columns = {
-        "class token's attention,\nencoder alone": overlay(seen, attention[0]),
-        "class token's attention,\nwhole model": overlay(seen, attention[1]),
+        "class token's attention\n(orange), encoder alone": overlay(seen, attention[0]),
+        "class token's attention\n(orange), whole model": overlay(seen, attention[1]),
     }
     if isinstance(model, sa2vp.SA2VP):
         strength = sa2vp.prompting_strength(model, images)
         strength = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)
-        columns["change by the prompts\n(orange: most)"] = overlay(seen, strength)
+        columns["change by the prompts\n(orange)"] = overlay(seen, strength)
         columns["prompt map, like prompts\nin like colours"] = principal_colours(model).expand(len(images), -1, -1, -1)
 
     tiles = []
