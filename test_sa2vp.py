@@ -744,6 +744,7 @@ def test_every_epoch_has_its_own_order_and_dropout_and_every_run_of_a_seed_the_s
 
     def record(model, batches, *_):
         seen.append((tuple(batches.sampler), torch.rand(1).item()))
+        assert "RandomCrop" in str(batches.dataset.transform)
         return 0.0, 0.0, 0.0
 
     monkeypatch.setattr(train, "train_epoch", record)
@@ -762,9 +763,12 @@ def test_matrix_products_are_in_the_machines_dtype_and_float16_has_a_scaler(sett
         train.fit(settings(), tmp_path / str(dtype), CPU._replace(dtype=dtype), {})
         scaler = checkpoint(tmp_path / str(dtype) / "last.pt")["scaler"]
         assert {x.dtype for x in seen} == {dtype} and bool(scaler) == (dtype == torch.float16)
-    assert scaler["_growth_tracker"] > 0 or scaler["scale"] < 65536  # it took part
-    unscaled = tmp_path / "torch.bfloat16"  # goes on with one
-    assert train.fit(settings(epochs=2), unscaled, CPU._replace(dtype=dtype), checkpoint(unscaled / "last.pt"))
+    steps = scaler["_growth_tracker"]
+    assert steps > 0
+    for begun in ("torch.bfloat16", "torch.float16"):  # goes on with a new one, and with its own
+        state = checkpoint(tmp_path / begun / "last.pt")
+        train.fit(settings(epochs=2), tmp_path / begun, CPU._replace(dtype=dtype), state)
+    assert checkpoint(tmp_path / begun / "last.pt")["scaler"]["_growth_tracker"] == 2 * steps
 
 
 def test_a_gpu_without_bfloat16_in_hardware_takes_float16(monkeypatch):
@@ -1265,12 +1269,14 @@ def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(r
     assert [line.split(",")[2:6] for line in lines[5:]] == [["0.001", "", "40.0", ""], ["0.01", "", "60.0", "73.5"]]
 
 
-def test_the_chosen_run_of_a_search_is_tested_as_it_is(run):
-    out = run("--method", "linear", "--lr", 1e-3, 1e-1, "--epochs", 2)
-    untested = [result(path.parent)["accuracy"] is None for path in sorted(out.rglob("result.json"))]
-    assert untested.count(True) == 1
-    chosen = max(table(out / "results.csv"), key=lambda row: float(row["val_accuracy"]))
-    alone = run("--method", "linear", "--lr", chosen["lr"], "--epochs", 2, out="alone")
+def test_the_chosen_run_of_a_search_is_tested_as_it_is_and_one_that_could_not_run_is_not_chosen(run, command):
+    flags = ["--method", "linear", "--epochs", 2, "--lr"]
+    assert fail(command(*flags, 1e30, 1e-3, 1e-1, "--out", "run")) == 2
+    rows = table(Path("run/results.csv"))
+    assert [bool(row["val_accuracy"]) for row in rows] == [False, True, True]
+    chosen = max(rows[1:], key=lambda row: float(row["val_accuracy"]))
+    assert [row["lr"] for row in rows if row["accuracy"]] == [chosen["lr"]]
+    alone = run(*flags, chosen["lr"], out="alone")
     assert float(chosen["accuracy"]) == result(alone)["accuracy"]
 
 
@@ -1369,6 +1375,7 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
     with monkeypatch.context() as patch:
         interrupt(patch, "evaluate", 1)
         assert fail(flags) == 130
+    capsys.readouterr()
     train.main(flags)
     assert "pre-training" in capsys.readouterr().out
     train.main([*flags, "--method", "linear"])
