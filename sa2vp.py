@@ -111,7 +111,7 @@ class PromptAdapter(nn.Module):
 class InterLayerPromptFusion(nn.Module):
     """Inter-layer prompt fusion, Eq. (7): g_i * T_i(p_i W_i + b_i), a new prompt map through layer i.
 
-    The gate g_i (1, d) weighs the channels. No position embedding is added to p_i.
+    The gate g_i weighs the channels; it is (1, d), and so has weight decay. No position embedding is added to p_i.
     """
 
     def __init__(self, grid, inner_dim, dim):
@@ -126,7 +126,7 @@ class InterLayerPromptFusion(nn.Module):
 
 
 class BilateralInteraction(nn.Module):
-    """Bilateral interaction: takes both pathways through frozen layer i, while one prompts the other.
+    """Bilateral interaction: takes both pathways through frozen layer i, while one sends the other a message.
 
     Knowledge prompting P -> B, Eq. (5); or, where it `distills`, knowledge distillation B -> P, Eq. (6), and
     where it `fuses`, inter-layer prompt fusion, Eq. (7). Only the class tokens leave the `last` layer.
@@ -173,7 +173,7 @@ class SA2VP(nn.Module):
     dropout         rate on B_0 and P_0, in the encoder's MLPs, the cross attention and the adapters
     window          side of the aligned neighbourhood in cells, odd; None: every token attends to all
     prompt_grid     (h', w') of a scaled prompt map; None: the image's own grid; "half": half of that
-    distill_layers  D, where B prompts P; None: every fourth layer from 0; (): no layer
+    distill_layers  D, where B sends P the message; None: every fourth layer from 0; (): no layer
     fusion_layers   F, a subset of D, where a new prompt map enters; None: D without 0
 
     Raises ValueError for values out of range.

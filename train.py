@@ -72,7 +72,7 @@ def fit(settings, out, machine, state, test=True):
     """Trains by `settings`, going on from `state` (what out/last.pt holds, if anything); returns the result, a dict.
 
     Everything random in an epoch follows from (seed, epoch), so that a run that was interrupted ends with the
-    numbers of one that was not, given as many workers and processes. Without `test` it is not tested.
+    numbers of one that was not, if it has the same number of workers and processes. Without `test` it is not tested.
     """
     splits, backbone = read_inputs(settings, machine)
     model, meta = build_model(settings, backbone, splits.classes, machine)
@@ -311,7 +311,8 @@ SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=1, n
 PRETRAINED = Path(data.TABLE["shapes"].weights)
 PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
 
-REPEATED = {"data": ["shapes"], "method": ["sa2vp"], "seed": [RECIPE["seed"]]}  # the defaults; several values are no search
+# Several values of these are no search: each is tested. The values are the defaults.
+REPEATED = {"data": ["shapes"], "method": ["sa2vp"], "seed": [RECIPE["seed"]]}
 
 
 def train(flags, machine):
@@ -352,7 +353,8 @@ def train(flags, machine):
         if len(choices) > 1:
             searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
             best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
-        if any(searched) or not searched:  # the first seed's only needs its test; VTAB-1k's is trained anew
+        if any(searched) or not searched:
+            # The chosen run of the first seed is there and is only tested; VTAB-1k's is trained anew, on val200 too.
             tested = [attempt(variant, best | {"seed": seed}) for seed in seeds]
         scores[member, variant] = [result.get("accuracy") for result in tested]
         for settings, results in zip(choices, [[result] for result in searched] if searched else [tested]):
