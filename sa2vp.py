@@ -229,9 +229,7 @@ def two_pathway_loss(logits, labels):
 
 def freeze(vit, dropout=0.0):
     """Freezes the backbone in place, and sets the rate of its dropout."""
-    for module in vit.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
+    vit.drop.p = dropout
     return vit.requires_grad_(False)
 
 

@@ -43,11 +43,11 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """The MLP of an encoder layer, with exact (erf) GELU: (batch, tokens, d) -> the same, by way of `hidden`."""
 
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, drop):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(0.0)
+        self.drop = drop
 
     def forward(self, x):
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
@@ -56,12 +56,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm encoder layer, (batch, tokens, d) -> the same: x + attention(LN1(x)), then x + MLP(LN2(x))."""
 
-    def __init__(self, dim, heads, hidden):
+    def __init__(self, dim, heads, hidden, drop):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, hidden)
+        self.mlp = Mlp(dim, hidden, drop)
 
     def qkv(self, x):
         """The first step of the layer: q, k, v of LN1(x), each (batch, heads, tokens, d / heads)."""
@@ -91,7 +91,7 @@ class VisionTransformer(nn.Module):
     """ViT encoder: images (batch, 3, height, width) -> class token after the final LayerNorm, (batch, d).
 
     `image_size` and `patch_size` are in pixels, an int or (height, width). `normalize` names what the weights
-    expect, a key of `NORMALIZE`. Dropout is off, until a method sets the rate of its modules.
+    expect, a key of `NORMALIZE`. One dropout module serves the whole encoder; it is off until a method sets `drop.p`.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, mlp_ratio=4, normalize="half"):
@@ -108,7 +108,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid), dim))
         self.drop = nn.Dropout(0.0)
-        self.blocks = nn.ModuleList(Block(dim, heads, round(mlp_ratio * dim)) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, round(mlp_ratio * dim), self.drop) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
