@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -40,19 +41,6 @@ class Attention(nn.Module):
         return self.proj(o.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """The MLP of an encoder layer, with exact (erf) GELU: (batch, tokens, d) -> the same, by way of `hidden`."""
-
-    def __init__(self, dim, hidden, drop):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = drop
-
-    def forward(self, x):
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
 class Block(nn.Module):
     """A pre-norm encoder layer, (batch, tokens, d) -> the same: x + attention(LN1(x)), then x + MLP(LN2(x))."""
 
@@ -61,7 +49,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, hidden, drop)
+        self.mlp = nn.Sequential(  # its GELU is the exact one (erf)
+            OrderedDict(fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), drop1=drop, fc2=nn.Linear(hidden, dim), drop2=drop)
+        )
 
     def qkv(self, x):
         """The first step of the layer: q, k, v of LN1(x), each (batch, heads, tokens, d / heads)."""
