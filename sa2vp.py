@@ -21,14 +21,13 @@ adapters. N(t) is the aligned neighbourhood of token t. D and F are sets of laye
 P_0 and the MLPs inside T_i have dropout too.
 """
 
-import hashlib
 import inspect
 import math
 
 import torch
 from torch import nn
 
-from vit import interpolate_positions, load_vit
+from vit import fingerprint, interpolate_positions, load_vit
 
 
 class PromptMap(nn.Module):
@@ -363,15 +362,6 @@ def load_trained(model, tensors):
 def count_trained(model):
     """How many numbers are trained, without the head, as the field counts them."""
     return sum(p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head."))
-
-
-def fingerprint(vit):
-    """SHA-256 of a backbone's weights, to tell one from another."""
-    digest = hashlib.sha256()
-    for name, tensor in vit.state_dict().items():
-        # Of the position embeddings only the class token's: interpolated ones differ in the last bit between machines.
-        digest.update((tensor[:, :1] if name == "pos_embed" else tensor).cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 CHECKPOINT = "trained settings classes backbone fingerprint input root history".split()

@@ -629,10 +629,10 @@ def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path, part, d
 
 def test_a_fingerprint_tells_backbones_apart_by_any_tensor():
     backbone = small_vit()
-    seen = {sa2vp.fingerprint(backbone)}
+    seen = {vit.fingerprint(backbone)}
     for parameter in backbone.parameters():
         parameter.data += 1e-3
-        seen.add(sa2vp.fingerprint(backbone))
+        seen.add(vit.fingerprint(backbone))
     assert len(seen) == 1 + len(list(backbone.parameters()))
 
 

@@ -243,7 +243,7 @@ def build_model(settings, backbone, classes, machine):
         "settings": settings,
         "classes": list(classes),
         "backbone": {"image_size": size, "heads": backbone.blocks[0].attn.heads, "normalize": backbone.normalize},
-        "fingerprint": sa2vp.fingerprint(backbone),
+        "fingerprint": vit.fingerprint(backbone),
         "input": {"crop": data.find(settings["data"]).crop, "image_size": size, "mean": mean, "std": std},
         "root": str(machine.root.resolve()),
     }

@@ -5,6 +5,7 @@ In shapes, N is the number of patches and d the width of a token.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -189,6 +190,15 @@ def download(name):
         finally:
             part.unlink(missing_ok=True)
     return path
+
+
+def fingerprint(vit):
+    """SHA-256 of a backbone's weights, to tell one from another."""
+    digest = hashlib.sha256()
+    for name, tensor in vit.state_dict().items():
+        # Of the position embeddings only the class token's: interpolated ones differ in the last bit between machines.
+        digest.update((tensor[:, :1] if name == "pos_embed" else tensor).cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 NOT_ENCODER = re.compile(r"head|pre_logits|fc_norm|mask_token|decoder_")  # classifiers, DINO's head, MAE's decoder
