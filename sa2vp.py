@@ -245,7 +245,7 @@ def make_head(dim, num_classes):
 class ViTClassifier(nn.Module):
     """A linear head on the class token: images (batch, 3, height, width) -> (logits,), (batch, num_classes).
 
-    As it stands it is the linear probe, on a frozen ViT, or full fine-tuning. Other baselines change `layer`.
+    As it stands it is full fine-tuning, or on a frozen ViT the linear probe. Other baselines change `layer`.
     """
 
     def __init__(self, vit, num_classes):
@@ -267,11 +267,6 @@ class ViTClassifier(nn.Module):
 def linear_probe(vit, num_classes):
     """Only the head is trained."""
     return ViTClassifier(freeze(vit), num_classes)
-
-
-def full_fine_tuning(vit, num_classes):
-    """Everything is trained, the backbone too."""
-    return ViTClassifier(vit.requires_grad_(True), num_classes)
 
 
 class VPTDeep(ViTClassifier):
@@ -302,7 +297,7 @@ class AdapterTuning(ViTClassifier):
         return super().layer(i, x) + self.scale * self.adapters[i](x)
 
 
-METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=linear_probe, full=full_fine_tuning)
+METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=linear_probe, full=ViTClassifier)
 
 
 def build(vit, num_classes, settings):
