@@ -116,8 +116,7 @@ class InterLayerPromptFusion(nn.Module):
     def __init__(self, grid, inner_dim, dim):
         super().__init__()
         self.prompt_map = PromptMap(grid, inner_dim, dim)
-        self.gate = nn.Parameter(torch.empty(1, dim))  # g_i
-        nn.init.normal_(self.gate, std=0.02)
+        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i
 
     def forward(self, layer):
         """Frozen layer i -> (1, 1 + h' w', d). It does not depend on the image: one serves the batch."""
@@ -274,9 +273,8 @@ class VPTDeep(ViTClassifier):
 
     def __init__(self, vit, num_classes, prompts=50):
         super().__init__(freeze(vit), num_classes)
-        self.prompts = nn.Parameter(torch.empty(len(vit.blocks), prompts, vit.dim))
         bound = math.sqrt(6 / (3 * math.prod(vit.patch_size) + vit.dim))  # as VPT draws them
-        nn.init.uniform_(self.prompts, -bound, bound)
+        self.prompts = nn.Parameter(torch.empty(len(vit.blocks), prompts, vit.dim).uniform_(-bound, bound))
 
     def layer(self, i, x):
         """T_i([x ; prompts]) without what becomes of the prompts. Attention has no order: they may stand last."""
