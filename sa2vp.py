@@ -63,9 +63,9 @@ def aligned_neighbourhood(grid, other_grid, window):
         # The distance of the centres (y + 0.5) / n and (z + 0.5) / m, in integers, so that no rounding decides.
         return ((2 * y + 1) * m - (2 * z + 1) * n).abs() < window * max(n, m)
 
-    mask = torch.ones(1 + math.prod(grid), 1 + math.prod(other_grid), dtype=torch.bool)
-    mask[1:, 0] = False
-    mask[1:, 1:] = torch.kron(*map(near, grid, other_grid))  # near in y and near in x
+    patches = torch.kron(*map(near, grid, other_grid))  # (h w, h' w'), near in y and near in x
+    mask = nn.functional.pad(patches, (1, 0, 1, 0))  # a row and a column of False, number 0: the class tokens
+    mask[0] = True  # the class token attends to all
     if not mask.any(dim=1).all():
         raise ValueError(f"window {window} leaves a token of {grid} nothing to attend to in {other_grid}")
     return mask
