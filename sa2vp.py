@@ -74,13 +74,13 @@ def aligned_neighbourhood(grid, other_grid, window):
 class SpatiallyAlignedCrossAttention(nn.Module):
     """Spatially aligned cross attention, Eq. (3): C_i(X, Y). It uses frozen layer i's weights, none of its own.
 
-    `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y); None: each attends to all.
+    `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y); None: each attends to all. `drop` is a module.
     """
 
-    def __init__(self, mask, dropout):
+    def __init__(self, mask, drop):
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
-        self.drop = nn.Dropout(dropout)
+        self.drop = drop
 
     def forward(self, layer, x, q, k, v):
         """X (batch, tokens, d) -> C_i(X, Y), the same shape.
@@ -93,12 +93,12 @@ class SpatiallyAlignedCrossAttention(nn.Module):
 class PromptAdapter(nn.Module):
     """The prompt adapter, Eq. (4): A_i(Z), (batch, tokens, d) -> the same, by way of r. It has no residual."""
 
-    def __init__(self, dim, inner_dim, dropout):
+    def __init__(self, dim, inner_dim, drop):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.down = nn.Linear(dim, inner_dim)
         self.up = nn.Linear(inner_dim, dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = drop
         for linear in (self.down, self.up):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.normal_(linear.bias, std=1e-6)
@@ -130,13 +130,13 @@ class BilateralInteraction(nn.Module):
     where it `fuses`, inter-layer prompt fusion, Eq. (7). Only the class tokens leave the `last` layer.
     """
 
-    def __init__(self, vit, prompt_grid, inner_dim, scale, dropout, window, distills, fuses, last):
+    def __init__(self, vit, prompt_grid, inner_dim, scale, window, distills, fuses, last):
         super().__init__()
         grids = (prompt_grid, vit.grid) if distills else (vit.grid, prompt_grid)  # of X (queries) and Y (keys, values)
         # In the last layer only the class token asks, and it attends to all.
         mask = None if window is None or last else aligned_neighbourhood(*grids, window)
-        self.cross_attention = SpatiallyAlignedCrossAttention(mask, dropout)
-        self.adapter = PromptAdapter(vit.dim, inner_dim, dropout)
+        self.cross_attention = SpatiallyAlignedCrossAttention(mask, vit.drop)
+        self.adapter = PromptAdapter(vit.dim, inner_dim, vit.drop)
         self.fusion = InterLayerPromptFusion(prompt_grid, inner_dim, vit.dim) if fuses else None
         self.scale, self.distills, self.last = scale, distills, last
 
@@ -192,10 +192,9 @@ class SA2VP(nn.Module):
         self.prompt_grid = half if prompt_grid == "half" else tuple(prompt_grid or vit.grid)
         self.vit = freeze(vit, dropout)
         self.prompt_map = PromptMap(self.prompt_grid, inner_dim, vit.dim)
-        self.drop = nn.Dropout(dropout)
         self.interactions = nn.ModuleList(
             BilateralInteraction(
-                vit, self.prompt_grid, inner_dim, scale, dropout, window,
+                vit, self.prompt_grid, inner_dim, scale, window,
                 distills=i in distill, fuses=i in fusion, last=i == depth - 1,
             )
             for i in range(depth)
@@ -205,7 +204,7 @@ class SA2VP(nn.Module):
     def forward(self, images):
         """Figure 2: (batch, 3, height, width) -> scores (batch, num_classes) of each pathway; the base's predict."""
         base = self.vit.embed(images)  # Eq. (1), (batch, 1 + N, d)
-        prompt = self.drop(self.embed_prompts())  # Eq. (2), (1, 1 + h' w', d)
+        prompt = self.vit.drop(self.embed_prompts())  # Eq. (2), (1, 1 + h' w', d)
         for layer, interaction in zip(self.vit.blocks, self.interactions):
             base, prompt = interaction(layer, base, prompt)  # Eq. (3) to (7)
         base_logits, prompt_logits = (self.head(self.vit.norm(tokens[:, 0])) for tokens in (base, prompt))
@@ -288,7 +287,7 @@ class AdapterTuning(ViTClassifier):
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1):
         super().__init__(freeze(vit, dropout), num_classes)
         self.scale = scale
-        self.adapters = nn.ModuleList(PromptAdapter(vit.dim, inner_dim, dropout) for _ in vit.blocks)
+        self.adapters = nn.ModuleList(PromptAdapter(vit.dim, inner_dim, vit.drop) for _ in vit.blocks)
 
     def layer(self, i, x):
         """T_i(x) + s A_i(x)."""
