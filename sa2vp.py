@@ -188,17 +188,15 @@ class SA2VP(nn.Module):
         if not fusion <= distill <= set(range(depth)):
             raise ValueError(f"F, {sorted(fusion)}, must be a subset of D, {sorted(distill)}, D of 0 to {depth - 1}")
         half = tuple(max(1, side // 2) for side in vit.grid)
+        grid = half if prompt_grid == "half" else tuple(prompt_grid or vit.grid)
 
-        self.prompt_grid = half if prompt_grid == "half" else tuple(prompt_grid or vit.grid)
+        self.prompt_grid = grid
         self.vit = freeze(vit, dropout)
-        self.prompt_map = PromptMap(self.prompt_grid, inner_dim, vit.dim)
+        self.prompt_map = PromptMap(grid, inner_dim, vit.dim)
         self.interactions = nn.ModuleList(
-            BilateralInteraction(
-                vit, self.prompt_grid, inner_dim, scale, window,
-                distills=i in distill, fuses=i in fusion, last=i == depth - 1,
-            )
+            BilateralInteraction(vit, grid, inner_dim, scale, window, i in distill, i in fusion, last=i == depth - 1)
             for i in range(depth)
-        )  # fmt: skip
+        )
         self.head = make_head(vit.dim, num_classes)
 
     def forward(self, images):
