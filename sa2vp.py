@@ -354,14 +354,12 @@ def count_trained(model):
     return sum(p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head."))
 
 
-CHECKPOINT = "trained settings classes backbone fingerprint input root history".split()
-
-
 def read_checkpoint(path):
     """What a best.pt or last.pt holds, a dict; nothing in it is executed. ValueError if it is something else."""
+    required = "trained settings classes backbone fingerprint input root history".split()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint.pop(name) for name in CHECKPOINT} | checkpoint  # KeyError if it lacks one
+        return {name: checkpoint[name] for name in required} | checkpoint  # KeyError if it lacks one
     except OSError:
         raise
     except Exception as error:  # torch raises whatever the bytes happen to provoke
