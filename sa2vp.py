@@ -55,8 +55,8 @@ def aligned_neighbourhood(grid, other_grid, window):
     less than window / 2 cells away in y and in x, a cell being one of the coarser grid. At equal sizes and
     window 3 that is 3x3, cut off at the border. ValueError if the window is not odd or an N(t) empty.
     """
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"window {window} must be odd and positive, or none")
+    if window % 2 == 0:
+        raise ValueError(f"window {window} must be odd, or none")
 
     def near(n, m):  # of n and m cells along one axis, (n, m)
         y, z = torch.arange(n)[:, None], torch.arange(m)

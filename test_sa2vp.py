@@ -396,8 +396,8 @@ def test_neighbourhoods_have_the_sizes_the_method_gives(side, other, corner, inn
 @pytest.mark.parametrize(
     "says, options",
     [
-        ("odd and positive", {"window": -1}),
-        ("odd and positive", {"window": 2}),
+        ("must be odd", {"window": 2}),
+        ("nothing to attend to", {"window": -1}),
         ("nothing to attend to", {"window": 1, "prompt_grid": (2, 2)}),  # and not NaN
         ("must be a subset", {"distill_layers": (0,), "fusion_layers": (4,)}),
         ("must be a subset", {"distill_layers": (0, 5)}),
