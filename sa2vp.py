@@ -177,10 +177,8 @@ class SA2VP(nn.Module):
     Raises ValueError for values out of range.
     """
 
-    def __init__(
-        self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
-        distill_layers=None, fusion_layers=None,
-    ):  # fmt: skip
+    def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
+                 distill_layers=None, fusion_layers=None):  # fmt: skip
         super().__init__()
         depth = len(vit.blocks)
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
@@ -188,16 +186,15 @@ class SA2VP(nn.Module):
         if not fusion <= distill <= set(range(depth)):
             raise ValueError(f"F, {sorted(fusion)}, must be a subset of D, {sorted(distill)}, D of 0 to {depth - 1}")
         half = tuple(max(1, side // 2) for side in vit.grid)
-        grid = half if prompt_grid == "half" else tuple(prompt_grid or vit.grid)
+        self.prompt_grid = grid = half if prompt_grid == "half" else prompt_grid or vit.grid
 
-        self.prompt_grid = grid
         self.vit = freeze(vit, dropout)
         self.prompt_map = PromptMap(grid, inner_dim, vit.dim)
         self.interactions = nn.ModuleList(
             BilateralInteraction(vit, grid, inner_dim, scale, window, i in distill, i in fusion, last=i == depth - 1)
             for i in range(depth)
         )
-        self.head = make_head(vit.dim, num_classes)
+        self.head = make_head(vit, num_classes)
 
     def forward(self, images):
         """Figure 2: (batch, 3, height, width) -> scores (batch, num_classes) of each pathway; the base's predict."""
@@ -228,9 +225,9 @@ def freeze(vit, dropout=0.0):
     return vit.requires_grad_(False)
 
 
-def make_head(dim, num_classes):
+def make_head(vit, num_classes):
     """The linear classifier, d -> num_classes."""
-    head = nn.Linear(dim, num_classes)
+    head = nn.Linear(vit.dim, num_classes)
     nn.init.trunc_normal_(head.weight, std=0.02)
     return head
 
@@ -247,7 +244,7 @@ class ViTClassifier(nn.Module):
     def __init__(self, vit, num_classes):
         super().__init__()
         self.vit = vit
-        self.head = make_head(vit.dim, num_classes)
+        self.head = make_head(vit, num_classes)
 
     def layer(self, i, x):
         """T_i(x), (batch, 1 + N, d) -> the same."""
