@@ -1,9 +1,8 @@
 """SA2VP: Spatially Aligned-and-Adapted Visual Prompt (Pei et al., AAAI 2024).
 
-Two pathways run through the same frozen encoder layers T_i: the base pathway B carries the image
-tokens, the prompt pathway P a learned two-dimensional map of prompt tokens, one for each patch. In
-every layer one pathway sends the other a message: a patch token attends only to the tokens around its own
-place, the class token to all.
+Two pathways run through the same frozen encoder layers T_i: the base pathway B carries the image tokens, the prompt
+pathway P a learned two-dimensional map of prompt tokens, one for each patch. In every layer one pathway sends the other
+a message: a patch token attends only to the tokens around its own place, the class token to all.
 
     (1)  B_0 = [cls ; patches(I)] + E_pos
     (2)  P_0 = p W_p + b_p + E_pos
@@ -15,10 +14,9 @@ place, the class token to all.
     (7)  i in F:      fusion = g_i * T_i(p_i W_i + b_i)
     (8)  loss = 0.8 CE(head(LN(B_L)[cls]), y) + 0.2 CE(head(LN(P_L)[cls]), y)
 
-The numbers are this project's own. N is the number of patches, h x w their grid, h' x w' that of the prompt
-map (the same, unless it is scaled), d the width of the encoder, r the inner dimension of prompt maps and
-adapters. N(t) is the aligned neighbourhood of token t. D and F are sets of layers. In training, B_0,
-P_0 and the MLPs inside T_i have dropout too.
+The numbers are this project's own. N is the number of patches, h x w their grid, h' x w' that of the prompt map (the
+same, unless it is scaled), d the width of the encoder, r the inner dimension of prompt maps and adapters. N(t) is the
+aligned neighbourhood of token t. D and F are sets of layers. In training B_0, P_0 and the MLPs of T_i have dropout too.
 """
 
 import inspect
@@ -31,15 +29,12 @@ from vit import fingerprint, interpolate_positions, load_vit
 
 
 class PromptMap(nn.Module):
-    """The prompt map, Eq. (2) without E_pos: p W + b, () -> (1, 1 + h' w', d), a class token of its own included.
-
-    Entry (y, x) of the map belongs to the patch at the same place. p is (1, 1 + h' w', r), W is r -> d.
-    """
+    """The prompt map, Eq. (2) without E_pos: p W + b, (1, 1 + h' w', d): a class token, then one for each place."""
 
     def __init__(self, grid, inner_dim, dim):
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(1, 1 + math.prod(grid), inner_dim))  # p
-        self.proj = nn.Linear(inner_dim, dim)  # W, b
+        self.tokens = nn.Parameter(torch.empty(1, 1 + math.prod(grid), inner_dim))  # p, of width r
+        self.proj = nn.Linear(inner_dim, dim)  # W and b, r -> d
         nn.init.trunc_normal_(self.tokens, std=0.02)
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.normal_(self.proj.bias, std=1e-6)
@@ -72,9 +67,10 @@ def aligned_neighbourhood(grid, other_grid, window):
 
 
 class SpatiallyAlignedCrossAttention(nn.Module):
-    """Spatially aligned cross attention, Eq. (3): C_i(X, Y). It uses frozen layer i's weights, none of its own.
+    """Spatially aligned cross attention, Eq. (3): X (batch, tokens, d) -> C_i(X, Y). All weights are frozen layer i's.
 
-    `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y); None: each attends to all. `drop` is a module.
+    q, k, v = Wq LN1(X), Wk LN1(Y), Wv LN1(Y) come from `layer.qkv`, which computes them once for T_i and C_i.
+    `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y); None: each attends to all.
     """
 
     def __init__(self, mask, drop):
@@ -83,10 +79,6 @@ class SpatiallyAlignedCrossAttention(nn.Module):
         self.drop = drop
 
     def forward(self, layer, x, q, k, v):
-        """X (batch, tokens, d) -> C_i(X, Y), the same shape.
-
-        q, k, v = Wq LN1(X), Wk LN1(Y), Wv LN1(Y) come from `layer.qkv`, which computes them once for T_i and C_i.
-        """
         return x + self.drop(layer.attn.attend(q, k, v, self.mask))
 
 
@@ -108,18 +100,17 @@ class PromptAdapter(nn.Module):
 
 
 class InterLayerPromptFusion(nn.Module):
-    """Inter-layer prompt fusion, Eq. (7): g_i * T_i(p_i W_i + b_i), a new prompt map through layer i.
+    """Inter-layer prompt fusion, Eq. (7): g_i * T_i(p_i W_i + b_i), a new prompt map through frozen layer i.
 
-    The gate g_i weighs the channels; it is (1, d), and so has weight decay. No position embedding is added to p_i.
+    It does not depend on the image: one, (1, 1 + h' w', d), serves the batch. No position embedding is added to p_i.
     """
 
     def __init__(self, grid, inner_dim, dim):
         super().__init__()
         self.prompt_map = PromptMap(grid, inner_dim, dim)
-        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i
+        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i; it has weight decay
 
     def forward(self, layer):
-        """Frozen layer i -> (1, 1 + h' w', d). It does not depend on the image: one serves the batch."""
         return self.gate * layer(self.prompt_map())
 
 
@@ -141,10 +132,7 @@ class BilateralInteraction(nn.Module):
         self.scale, self.distills, self.last = scale, distills, last
 
     def forward(self, layer, base, prompt):
-        """B_i (batch, 1 + N, d), P_i (batch, 1 + h' w', d) -> B_{i+1}, P_{i+1}.
-
-        Nothing in P_i depends on the image before the first layer in D. Until then it is a batch of one.
-        """
+        """B_i (batch, 1 + N, d), P_i (batch, 1 + h' w', d) -> the next. P_i is a batch of one until a layer distils."""
         qb, kb, vb = layer.qkv(base)
         qp, kp, vp = layer.qkv(prompt)
         kept = slice(1) if self.last else slice(None)  # only the class tokens leave the last layer
@@ -162,7 +150,7 @@ class BilateralInteraction(nn.Module):
 
 
 class SA2VP(nn.Module):
-    """A frozen ViT, tuned by a spatially aligned-and-adapted prompt map.
+    """A frozen ViT, tuned by a spatially aligned-and-adapted prompt map. ValueError for options out of range.
 
     vit             the pre-trained backbone; it is changed in place: frozen, and given this `dropout`
     num_classes     outputs of the head, which both pathways share
@@ -173,8 +161,6 @@ class SA2VP(nn.Module):
     prompt_grid     (h', w') of a scaled prompt map; None: the image's own grid; "half": half of that
     distill_layers  D, where B sends P the message; None: every fourth layer from 0; (): no layer
     fusion_layers   F, a subset of D, where a new prompt map enters; None: D without 0
-
-    Raises ValueError for values out of range.
     """
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
@@ -211,10 +197,7 @@ class SA2VP(nn.Module):
 
 
 def two_pathway_loss(logits, labels):
-    """Eq. (8), mean over the batch, for (base_logits, prompt_logits); plain cross-entropy for a baseline's (logits,).
-
-    Logits are (batch, num_classes), labels (batch,) are whole numbers from 0.
-    """
+    """Eq. (8), mean over the batch, of (base_logits, prompt_logits); plain cross-entropy of a baseline's (logits,)."""
     weights = (0.8, 0.2) if len(logits) == 2 else (1.0,)
     return sum(weight * nn.functional.cross_entropy(scores, labels) for weight, scores in zip(weights, logits))
 
