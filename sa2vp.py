@@ -140,7 +140,7 @@ class BilateralInteraction(nn.Module):
 
         next_base = layer.finish(base, qb, kb, vb)  # T_i(B_i)
         next_prompt = layer.finish(prompt, qp, kp, vp)  # T_i(P_i)
-        if self.fusion is not None:  # Eq. (7)
+        if self.fusion:  # Eq. (7)
             next_prompt = next_prompt + self.fusion(layer)[:, kept]
         if self.distills:  # Eq. (6)
             next_prompt = next_prompt + self.scale * self.adapter(self.cross_attention(layer, prompt, qp, kb, vb))
@@ -298,7 +298,7 @@ def class_attention(model, images):
     hook.remove()
     q, k, _ = vit.blocks[-1].attn.project(seen[0])  # SA2VP sends the base pathway through a layer first
     attention = (q[:, :, :1] @ k.mT / math.sqrt(q.size(-1))).softmax(dim=-1)  # (batch, heads, 1, tokens)
-    return attention.mean(dim=1)[:, 0, 1 : 1 + math.prod(vit.grid)].unflatten(1, vit.grid)
+    return attention.mean(dim=1)[:, 0, 1 : vit.pos_embed.size(1)].unflatten(1, vit.grid)
 
 
 @torch.inference_mode()
