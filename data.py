@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
@@ -310,18 +310,9 @@ def find_pictures(paths):
     return found
 
 
-class Pictures(Dataset):
-    """Samples as (image (3, height, width), label)."""
-
-    def __init__(self, samples, transform):
-        self.samples, self.transform = samples, transform
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        picture, label = self.samples[index]
-        return self.transform(open_picture(picture)), label
+def make_batch(samples, transform):
+    """Samples as images (batch, 3, height, width) and labels (batch,)."""
+    return default_collate([(transform(open_picture(picture)), label) for picture, label in samples])
 
 
 def make_loader(samples, input, batch_size, workers, pin_memory=False, shuffle_seed=None, rank=0, world=1):
@@ -337,8 +328,8 @@ def make_loader(samples, input, batch_size, workers, pin_memory=False, shuffle_s
     else:
         samples = samples[rank::world]
     return DataLoader(
-        Pictures(samples, transform(**input, training=training)), batch_size // world, sampler=sampler,
-        drop_last=training, num_workers=workers if samples else 0, pin_memory=pin_memory,
+        samples, batch_size // world, sampler=sampler, drop_last=training, num_workers=workers if samples else 0,
+        pin_memory=pin_memory, collate_fn=partial(make_batch, transform=transform(**input, training=training)),
     )  # fmt: skip
 
 

@@ -744,7 +744,7 @@ def test_every_epoch_has_its_own_order_and_dropout_and_every_run_of_a_seed_the_s
 
     def record(model, batches, *_):
         seen.append((tuple(batches.sampler), torch.rand(1).item()))
-        assert "RandomCrop" in str(batches.dataset.transform)
+        assert "RandomCrop" in str(batches.collate_fn)
         return 0.0, 0.0, 0.0
 
     monkeypatch.setattr(train, "train_epoch", record)
@@ -930,7 +930,7 @@ def test_every_picture_is_counted_once_by_however_many_processes():
 
     (whole,) = shares(1, 3)[0].batch_sampler
     for world in (1, 2, 3):
-        assert sorted(sum((loader.dataset.samples for loader in shares(world)), [])) == list(range(11))
+        assert sorted(sum((loader.dataset for loader in shares(world)), [])) == list(range(11))
         batches = [batch for loader in shares(world, 3) for batch in loader.batch_sampler]
         assert len(batches) == world and sorted(sum(batches, [])) == sorted(whole)
 
