@@ -322,11 +322,9 @@ def make_loader(samples, input, batch_size, workers, pin_memory=False, shuffle_s
     `batch_size` is that of all together. Workers draw crops and flips from PyTorch's generator as it stands
     when the epoch begins.
     """
-    training, sampler = shuffle_seed is not None, None
+    training, sampler = shuffle_seed is not None, range(rank, len(samples), world)
     if training:
         sampler = DistributedSampler(samples, world, rank, seed=shuffle_seed, drop_last=True)
-    else:
-        samples = samples[rank::world]
     return DataLoader(
         samples, batch_size // world, sampler=sampler, drop_last=training, num_workers=workers if samples else 0,
         pin_memory=pin_memory, collate_fn=partial(make_batch, transform=transform(**input, training=training)),

@@ -930,7 +930,7 @@ def test_every_picture_is_counted_once_by_however_many_processes():
 
     (whole,) = shares(1, 3)[0].batch_sampler
     for world in (1, 2, 3):
-        assert sorted(sum((loader.dataset for loader in shares(world)), [])) == list(range(11))
+        assert sorted(sum((list(loader.sampler) for loader in shares(world)), [])) == list(range(11))
         batches = [batch for loader in shares(world, 3) for batch in loader.batch_sampler]
         assert len(batches) == world and sorted(sum(batches, [])) == sorted(whole)
 
