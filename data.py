@@ -8,7 +8,6 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +37,7 @@ class Splits(NamedTuple):
     origin: str  # who made the split, in words
 
 
-@dataclass(frozen=True)
-class DataSet:
+class DataSet(NamedTuple):
     """A row of the table: where the pictures are, how they are transformed, and the settings for them.
 
     `load(row, root, tune)` reads its `Splits`.
@@ -52,7 +50,7 @@ class DataSet:
     inner_dim: int = 16  # r
     scale: float = 0.1  # s
     batch_size: int = 64
-    lr: dict = field(default_factory=dict)  # by method, where it is not the method's own
+    lr: dict = {}  # by method, where it is not the method's own
     fusion_layers: tuple | None = None  # F, where it is not D without 0
     dropout: float = 0.1
     epochs: int = 100

@@ -7,7 +7,6 @@ runs, use, the command line and files. `literal` is the method token by token, a
 import argparse
 import ast
 import csv
-import dataclasses
 import functools
 import hashlib
 import http.server
@@ -1047,7 +1046,7 @@ def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accura
     md5, *md5s = (hashlib.md5(path.read_bytes()).hexdigest() for path in (archive, *lists))
     row = data.TABLE["cub"]
     load = functools.partial(row.load, archive_md5=md5)
-    monkeypatch.setitem(data.TABLE, "cub", dataclasses.replace(row, source=f"{server.url}/{archive.name}", load=load))
+    monkeypatch.setitem(data.TABLE, "cub", row._replace(source=f"{server.url}/{archive.name}", load=load))
     monkeypatch.setitem(data.FGVC_MD5, "cub", " ".join(md5s))
     monkeypatch.setattr(data, "FGVC_SPLITS", server.url)
     for path, left in ((archive, []), (lists[1], ["images", "train.json"])):
@@ -1370,7 +1369,7 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
     monkeypatch.chdir(tmp_path)
     for name in ("shapes", "shapes-source"):
         load = functools.partial(data.TABLE[name].load, counts=(32, 12, 8))
-        monkeypatch.setitem(data.TABLE, name, dataclasses.replace(data.TABLE[name], load=load))
+        monkeypatch.setitem(data.TABLE, name, data.TABLE[name]._replace(load=load))
     monkeypatch.setitem(train.PRETRAINING, "epochs", 2)
     flags = ["--cpu", "--workers", "0", "--epochs", "1"]
     with monkeypatch.context() as patch:
