@@ -116,10 +116,10 @@ def class_folders(row, root, tune, folder):
     return Splits(train, val, splits["test"], classes, "its own folders, a tenth of train held out for validation")
 
 
-def fgvc(row, root, tune, folder, pictures, below, splits, archive_md5):
+def fgvc(row, root, tune, folder, pictures, splits, archive_md5):
     """One of FGVC's five sets: a folder of `pictures`, and train.json, val.json and test.json as published with VPT.
 
-    Those hold {path below `below`: class id}. The sorted ids that occur are the labels 0, 1, ...
+    Those hold {path of a picture: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
     folder = root / folder
     fetch(folder / pictures, row.source, inside=f"**/{pictures}", md5=archive_md5)
@@ -130,9 +130,10 @@ def fgvc(row, root, tune, folder, pictures, below, splits, archive_md5):
         listed.append(json.loads((folder / f"{split}.json").read_text()))
 
     def locate(path):
-        place = folder / below / path
-        # Cars are packed as cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before.
-        return place if place.exists() else folder / below / Path(*dict.fromkeys(Path(path).parts))
+        # Flowers and cars are listed with the folder of the pictures; of the others it is left out. Cars are packed
+        # as cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before: dict.fromkeys drops the second.
+        place = folder / path
+        return place if place.exists() else folder / Path(*dict.fromkeys((pictures, *Path(path).parts)))
 
     ids = sorted({class_id for part in listed for class_id in part.values()})
     index = {class_id: label for label, class_id in enumerate(ids)}
@@ -347,25 +348,25 @@ def known(kind, on_disk, source, **options):
     return partial(from_torchvision, kind=kind, on_disk=on_disk, **options), source
 
 
-def one_of_fgvc(folder, pictures, below, splits, source, archive_md5=None):
+def one_of_fgvc(folder, pictures, splits, source, archive_md5=None):
     """(layout, source) of one of FGVC's data sets; see `fgvc`."""
-    return partial(fgvc, folder=folder, pictures=pictures, below=below, splits=splits, archive_md5=archive_md5), source
+    return partial(fgvc, folder=folder, pictures=pictures, splits=splits, archive_md5=archive_md5), source
 
 
 # layout, source
 CUB = one_of_fgvc(
-    "CUB_200_2011", "images", "images", "cub",
+    "CUB_200_2011", "images", "cub",
     "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78",
 )  # fmt: skip
-NABIRDS = one_of_fgvc("nabirds", "images", "images", "nabirds", "https://dl.allaboutbirds.org/nabirds")
+NABIRDS = one_of_fgvc("nabirds", "images", "nabirds", "https://dl.allaboutbirds.org/nabirds")
 FLOWERS = one_of_fgvc(
-    "flowers-102", "jpg", "", "oxfordflowers",
+    "flowers-102", "jpg", "oxfordflowers",
     "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa",
 )  # fmt: skip
 DOGS = one_of_fgvc(
-    "dogs", "Images", "Images", "stanforddogs", "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"
+    "dogs", "Images", "stanforddogs", "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"
 )  # fmt: skip
-CARS = one_of_fgvc("stanford_cars", "cars_train", "", "stanfordcars", f"{MIRROR}/FGVC")
+CARS = one_of_fgvc("stanford_cars", "cars_train", "stanfordcars", f"{MIRROR}/FGVC")
 VTAB = vtab, f"{MIRROR}/VTAB-1k/resolve/main/vtab-1k.zip"
 CIFAR10 = known("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar.html")
 CIFAR100 = known("CIFAR100", "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar.html")
