@@ -66,7 +66,7 @@ def find(name):
         return TABLE[name]
     if Path(name).is_dir():
         folder = Path(name).resolve()
-        return DataSet(folder.name, None, partial(class_folders, folder=folder), str(folder), crop=True)
+        return DataSet(folder.name, None, partial(class_folders, folder), str(folder), crop=True)
     raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
 
 
@@ -98,7 +98,7 @@ def load(row, root, tune=False):
 # ---------------------------------------------------------------------- layouts on disk
 
 
-def class_folders(row, root, tune, folder):
+def class_folders(folder, row, root, tune):
     """train/<class>/*, test/<class>/* and, if there is one, val/<class>/*."""
     if not (folder / "train").is_dir() or not (folder / "test").is_dir():
         raise FileNotFoundError(f"{folder} needs the folders train/<class>/ and test/<class>/ with pictures")
@@ -116,7 +116,7 @@ def class_folders(row, root, tune, folder):
     return Splits(train, val, splits["test"], classes, "its own folders, a tenth of train held out for validation")
 
 
-def fgvc(row, root, tune, folder, pictures, splits, archive_md5):
+def fgvc(folder, pictures, splits, row, root, tune, archive_md5=None):
     """One of FGVC's five sets: a folder of `pictures`, and train.json, val.json and test.json as published with VPT.
 
     Those hold {path of a picture: class id}. The sorted ids that occur are the labels 0, 1, ...
@@ -159,7 +159,7 @@ def vtab(row, root, tune):
     return Splits(listed("train800val200"), [], listed("test"), classes, "train800val200")
 
 
-def from_torchvision(row, root, tune, kind, on_disk, splits=("train", "test")):
+def in_torchvision(kind, on_disk, row, root, tune, splits=("train", "test")):
     """A data set that torchvision knows; `on_disk` is what it makes below root, `kind` its class there."""
     if kind == "SVHN" and not find_spec("scipy"):
         raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy")
@@ -258,7 +258,7 @@ def where_is_blue(rng, label):
     return draw(rng, (shapes[0], "red", *red, radii[0]), (shapes[1], "blue", *blue, radii[1]))
 
 
-def drawn(row, root, tune, picture, classes, counts):
+def drawn(picture, classes, row, root, tune, counts):
     """The pictures of a drawn task, balanced, and always the same ones."""
     splits = []
     for i, count in enumerate(counts):
@@ -342,40 +342,27 @@ FGVC_MD5 = {  # of train.json, val.json and test.json
 }
 MIRROR = "https://huggingface.co/datasets/XiN0919"
 
-
-def known(kind, on_disk, source, **options):
-    """(layout, source) of a data set that torchvision knows; see `from_torchvision`."""
-    return partial(from_torchvision, kind=kind, on_disk=on_disk, **options), source
-
-
-def one_of_fgvc(folder, pictures, splits, source, archive_md5=None):
-    """(layout, source) of one of FGVC's data sets; see `fgvc`."""
-    return partial(fgvc, folder=folder, pictures=pictures, splits=splits, archive_md5=archive_md5), source
-
-
-# layout, source
-CUB = one_of_fgvc(
-    "CUB_200_2011", "images", "cub",
-    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78",
-)  # fmt: skip
-NABIRDS = one_of_fgvc("nabirds", "images", "nabirds", "https://dl.allaboutbirds.org/nabirds")
-FLOWERS = one_of_fgvc(
-    "flowers-102", "jpg", "oxfordflowers",
-    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa",
-)  # fmt: skip
-DOGS = one_of_fgvc(
-    "dogs", "Images", "stanforddogs", "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"
-)  # fmt: skip
-CARS = one_of_fgvc("stanford_cars", "cars_train", "stanfordcars", f"{MIRROR}/FGVC")
+# (layout, source)
+CUB = (
+    partial(fgvc, "CUB_200_2011", "images", "cub", archive_md5="97eceeb196236b17998738112f37df78"),
+    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+)
+NABIRDS = partial(fgvc, "nabirds", "images", "nabirds"), "https://dl.allaboutbirds.org/nabirds"
+FLOWERS = (
+    partial(fgvc, "flowers-102", "jpg", "oxfordflowers", archive_md5="52808999861908f626f3c1f4e79d11fa"),
+    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
+)
+DOGS = partial(fgvc, "dogs", "Images", "stanforddogs"), "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"
+CARS = partial(fgvc, "stanford_cars", "cars_train", "stanfordcars"), f"{MIRROR}/FGVC"
 VTAB = vtab, f"{MIRROR}/VTAB-1k/resolve/main/vtab-1k.zip"
-CIFAR10 = known("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar.html")
-CIFAR100 = known("CIFAR100", "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar.html")
-DTD = known("DTD", "dtd", "https://www.robots.ox.ac.uk/~vgg/data/dtd", splits=("train", "val", "test"))
-FOOD101 = known("Food101", "food-101", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz")
-GTSRB = known("GTSRB", "gtsrb", "https://benchmark.ini.rub.de/gtsrb_dataset.html")
-SVHN = known("SVHN", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers")
-TARGET = partial(drawn, picture=where_is_blue, classes=DIRECTIONS, counts=(1000, 400, 1000)), "drawn by the program"
-SOURCE = partial(drawn, picture=what_and_which_colour, classes=KINDS, counts=(7200, 360, 360)), "drawn by the program"
+CIFAR10 = partial(in_torchvision, "CIFAR10", "cifar-10-batches-py"), "https://www.cs.toronto.edu/~kriz/cifar.html"
+CIFAR100 = partial(in_torchvision, "CIFAR100", "cifar-100-python"), "https://www.cs.toronto.edu/~kriz/cifar.html"
+DTD = partial(in_torchvision, "DTD", "dtd", splits=("train", "val", "test")), "https://www.robots.ox.ac.uk/~vgg/data/dtd"
+FOOD101 = partial(in_torchvision, "Food101", "food-101"), "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
+GTSRB = partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"
+SVHN = partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"
+TARGET = partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), "drawn by the program"
+SOURCE = partial(drawn, what_and_which_colour, KINDS, counts=(7200, 360, 360)), "drawn by the program"
 TARGET_LR = {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "linear": 1e-2, "full": 1e-3}  # searched on validation data
 
 FGVC = dict(crop=True)
