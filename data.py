@@ -103,17 +103,14 @@ def class_folders(folder, row, root, tune):
     if not (folder / "train").is_dir() or not (folder / "test").is_dir():
         raise FileNotFoundError(f"{folder} needs the folders train/<class>/ and test/<class>/ with pictures")
     classes, index = find_classes(folder / "train")
-    splits = {}
+    parts = []
     for split in ("train", "val", "test"):
         inside = {path.name for path in (folder / split).glob("*") if path.is_dir()}
         if unknown := inside - set(classes):
             raise DataError(f"{folder / split} has class {min(unknown)!r}, which {folder / 'train'} has not")
         found = make_dataset(folder / split, index, IMG_EXTENSIONS, allow_empty=split != "train") if inside else []
-        splits[split] = [(Path(path), label) for path, label in found]
-    if splits["val"]:
-        return Splits(*splits.values(), classes, "its own folders")
-    train, val = hold_out(splits["train"], share=0.1)
-    return Splits(train, val, splits["test"], classes, "its own folders, a tenth of train held out for validation")
+        parts.append([(Path(path), label) for path, label in found])
+    return hold_out(Splits(*parts, classes, "its own folders"), share=0.1)
 
 
 def fgvc(folder, pictures, splits, row, root, tune, archive_md5=None):
@@ -159,8 +156,8 @@ def vtab(row, root, tune):
     return Splits(listed("train800val200"), [], listed("test"), classes, "train800val200")
 
 
-def in_torchvision(kind, on_disk, row, root, tune, splits=("train", "test")):
-    """A data set that torchvision knows; `on_disk` is what it makes below root, `kind` its class there."""
+def in_torchvision(kind, on_disk, row, root, tune, val=None):
+    """torchvision's data set `kind`, which makes `on_disk` below root; `val` is its validation split, if it has one."""
     if kind == "SVHN" and not find_spec("scipy"):
         raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy")
 
@@ -168,29 +165,30 @@ def in_torchvision(kind, on_disk, row, root, tune, splits=("train", "test")):
         which = {"train": split == "train"} if "CIFAR" in kind else {"split": split}
         return getattr(torchvision.datasets, kind)(root, **which, **options)
 
-    fetch(root / on_disk, row.source, lambda part: [read(split, part, download=True) for split in splits])
+    splits = ("train", val, "test")
+    fetch(root / on_disk, row.source, lambda part: [read(split, part, download=True) for split in splits if split])
     loader = {"loader": Path} if kind in ("DTD", "Food101") else {}  # too large to be read as pictures here
     try:
-        parts = [read(split, root, **loader) for split in splits]
+        parts = [read(split, root, **loader) if split else [] for split in splits]
     except RuntimeError as error:
         raise FileNotFoundError(f"{row.name} below {root} is not whole ({error}); it comes from {row.source}") from None
     classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
     samples = [[(x if loader else np.asarray(x), int(label)) for x, label in part] for part in parts]
-    if len(splits) == 3:
-        return Splits(*samples, classes, "official split")
-    train, val = hold_out(samples[0], share=0.2)
-    return Splits(train, val, samples[1], classes, "official split, a fifth of train held out for validation")
+    return hold_out(Splits(*samples, classes, "official split"), share=0.2)
 
 
-def hold_out(samples, share):
-    """(the rest, `share` of each class and at least one picture), always the same; a class of one stays whole."""
-    labels, rng = np.array([label for _, label in samples]), np.random.default_rng(0)
-    held = np.zeros(len(samples), dtype=bool)
+def hold_out(splits, share):
+    """Without validation, `share` of each class of train becomes it, always the same; a class of one stays in train."""
+    if splits.val:
+        return splits
+    labels, rng = np.array([label for _, label in splits.train]), np.random.default_rng(0)
+    held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         count = max(1, round(share * len(members))) if len(members) > 1 else 0
         held[rng.permutation(members)[:count]] = True
-    return [[sample for sample, out in zip(samples, held) if out == side] for side in (False, True)]
+    train, val = ([sample for sample, out in zip(splits.train, held) if out == side] for side in (False, True))
+    return splits._replace(train=train, val=val, origin=f"{splits.origin}, {share:.0%} of train kept for validation")
 
 
 def fetch(path, source, download=None, inside="*", md5=None):
@@ -357,7 +355,7 @@ CARS = partial(fgvc, "stanford_cars", "cars_train", "stanfordcars"), f"{MIRROR}/
 VTAB = vtab, f"{MIRROR}/VTAB-1k/resolve/main/vtab-1k.zip"
 CIFAR10 = partial(in_torchvision, "CIFAR10", "cifar-10-batches-py"), "https://www.cs.toronto.edu/~kriz/cifar.html"
 CIFAR100 = partial(in_torchvision, "CIFAR100", "cifar-100-python"), "https://www.cs.toronto.edu/~kriz/cifar.html"
-DTD = partial(in_torchvision, "DTD", "dtd", splits=("train", "val", "test")), "https://www.robots.ox.ac.uk/~vgg/data/dtd"
+DTD = partial(in_torchvision, "DTD", "dtd", val="val"), "https://www.robots.ox.ac.uk/~vgg/data/dtd"
 FOOD101 = partial(in_torchvision, "Food101", "food-101"), "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
 GTSRB = partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"
 SVHN = partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"

@@ -1128,7 +1128,8 @@ def test_the_split_is_always_the_same_and_holds_out_a_tenth(tmp_path):
     np.random.seed(1), torch.manual_seed(1)
     assert splits == load(train=20, test=3)
     assert list(map(len, load(train=20, val=5, test=3)[:3])) == [40, 10, 6]
-    assert data.hold_out([("a", 0), ("b", 1), ("c", 1)], 0.1)[0][0] == ("a", 0)  # a class of one stays in train
+    splits = data.hold_out(data.Splits([("a", 0), ("b", 1), ("c", 1)], [], [], [], ""), share=0.1)
+    assert splits.train[0] == ("a", 0) and len(splits.val) == 1  # a class of one stays in train
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes-source"])
