@@ -1,8 +1,4 @@
-"""The data sets: a table with a row for each, the loaders that serve the rows, and the way from a picture to a batch.
-
-A loader returns `Splits`: samples (picture, label) for training, validation and test. A picture is a
-path or an (H, W, 3) uint8 array, a label an index into the class names.
-"""
+"""The data sets: a table with a row for each, the loaders that serve the rows, the way from a picture to a batch."""
 
 import json
 import math
@@ -28,9 +24,9 @@ class DataError(ValueError):
 
 
 class Splits(NamedTuple):
-    """What a loader returns."""
+    """What a loader returns. A sample is (picture, label), a picture a path or an (H, W, 3) uint8 array."""
 
-    train: list
+    train: list  # of samples
     val: list
     test: list
     classes: list  # names; a label is an index into it
@@ -38,14 +34,11 @@ class Splits(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """A row of the table: where the pictures are, how they are transformed, and the settings for them.
-
-    `load(row, root, tune)` reads its `Splits`.
-    """
+    """A row of the table: where the pictures are, how they are transformed, and the settings for them."""
 
     name: str
     classes: int
-    load: Callable[..., Splits]
+    load: Callable[..., Splits]  # the loader, load(row, root, tune)
     source: str  # where it can be had
     inner_dim: int = 16  # r
     scale: float = 0.1  # s
@@ -76,10 +69,9 @@ def members(name):
 
 
 def load(row, root, tune=False):
-    """Reads a row's `Splits` below `root`, downloading what can be; always the same ones.
+    """Reads a row's `Splits` below `root`, downloading what can be. With `tune`, VTAB-1k is train800 and val200 alone.
 
-    With `tune`, VTAB-1k is train800 and val200, without test. Raises FileNotFoundError for data or
-    pictures that are not there, and DataError for damaged lists.
+    Raises FileNotFoundError for data or pictures that are not there, and DataError for damaged lists.
     """
     try:
         splits = row.load(row, Path(root), tune)
@@ -127,10 +119,10 @@ def fgvc(folder, pictures, splits, row, root, tune, archive_md5=None):
         listed.append(json.loads((folder / f"{split}.json").read_text()))
 
     def locate(path):
-        # Flowers and cars are listed with the folder of the pictures; of the others it is left out. Cars are packed
-        # as cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before: dict.fromkeys drops the second.
+        # Flowers and cars are listed with the folder of the pictures, the others without it. Cars are packed as
+        # cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before.
         place = folder / path
-        return place if place.exists() else folder / Path(*dict.fromkeys((pictures, *Path(path).parts)))
+        return place if place.exists() else folder / Path(*dict.fromkeys([pictures, *Path(path).parts]))
 
     ids = sorted({class_id for part in listed for class_id in part.values()})
     index = {class_id: label for label, class_id in enumerate(ids)}
@@ -269,11 +261,10 @@ def drawn(picture, classes, row, root, tune, counts):
 
 
 def transform(crop, image_size, mean, std, training=False):
-    """The paper's transforms: PIL picture -> normalized (3, height, width).
+    """The paper's transforms: PIL picture -> (3, height, width), normalized by mean and std per RGB channel of [0, 1].
 
-    `crop` as FGVC: short side to 256 / 224 of the size, then a random crop and flip in training, the
-    centre crop in testing; else as VTAB-1k and HTA: squeezed to the size. `image_size` is (height,
-    width) in pixels, `mean` and `std` are per RGB channel of [0, 1].
+    `crop` as FGVC: short side to 256 / 224 of the size, then a random crop and flip in training, the centre crop in
+    testing; else as VTAB-1k and HTA: squeezed to the size. `image_size` is (height, width) in pixels.
     """
     steps = [transforms.Resize(round(min(image_size) * 256 / 224) if crop else image_size)]
     if crop and training:
@@ -315,9 +306,8 @@ def make_batch(samples, transform):
 def make_loader(samples, input, batch_size, workers, pin_memory=False, shuffle_seed=None, rank=0, world=1):
     """A DataLoader of one epoch; with a `shuffle_seed` augmented, shuffled, and without the last incomplete batch.
 
-    `input` holds the arguments of `transform`. Of `world` processes, each makes its share of every batch:
-    `batch_size` is that of all together. Workers draw crops and flips from PyTorch's generator as it stands
-    when the epoch begins.
+    `input` holds the arguments of `transform`. Of `world` processes, each makes its share of every batch: `batch_size`
+    is that of all together. Workers draw crops and flips from PyTorch's generator as it stands when the epoch begins.
     """
     training, sampler = shuffle_seed is not None, range(rank, len(samples), world)
     if training:
