@@ -433,9 +433,12 @@ def test_what_does_not_depend_on_the_image_is_computed_for_a_batch_of_one():
 
 
 def test_dropout_of_one_rate_is_on_both_pathways_the_encoder_and_the_adapters():
-    model, images, seen = small_model(dropout=0.5), small_images(), []
-    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
+    model, images, seen, used = small_model(dropout=0.5), small_images(), [], []
+    (drop,) = (module for module in model.modules() if isinstance(module, torch.nn.Dropout))
     assert torch.equal(model(images)[0], model(images)[0])
+    drop.register_forward_hook(lambda *_: used.append(drop.p))
+    model(images)
+    assert used == [0.5] * (2 + 11 * 2 + 5 + 5 * 2)  # B_0 and P_0; each MLP, in 5 + 5 + 1 layers; C_i; A_i
     model.interactions[0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[1:]))
     model.train()
     assert not torch.equal(model(images)[0], model(images)[0])
