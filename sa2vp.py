@@ -132,7 +132,8 @@ class BilateralInteraction(nn.Module):
         self.scale, self.distills, self.last = scale, distills, last
 
     def forward(self, layer, base, prompt):
-        """B_i (batch, 1 + N, d), P_i (batch, 1 + h' w', d) -> the next. P_i is a batch of one until a layer distils."""
+        """B_i (batch, 1 + N, d), P_i (batch, 1 + h' w', d) -> B_{i+1}, P_{i+1}."""
+        # P_i does not depend on the image before the first layer in D: until then it is a batch of one.
         qb, kb, vb = layer.qkv(base)
         qp, kp, vp = layer.qkv(prompt)
         kept = slice(1) if self.last else slice(None)  # only the class tokens leave the last layer
