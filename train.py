@@ -250,18 +250,6 @@ def build_model(settings, backbone, classes, machine):
     return sa2vp.build(backbone, len(classes), settings).to(machine.device), meta
 
 
-def read_last(out, settings):
-    """What last.pt of the run in `out` holds, {} if there is none; ValueError if its settings are others."""
-    if not (out / "last.pt").exists():
-        return {}
-    state = sa2vp.read_checkpoint(out / "last.pt")
-    for name, now in settings.items():
-        then = state["settings"].get(name)
-        if then != now:
-            raise ValueError(f"{out} holds a run with {name} {text(then)}, not {text(now)}: give another --out")
-    return state
-
-
 def restore(state, meta, model, optimizer, scaler):
     """Puts the last whole epoch's state, if any, into model, optimizer and scaler; returns the history of the epochs."""
     if not state:
@@ -396,9 +384,18 @@ def list_combinations(given, ablate=False):
 
 
 def run(settings, out, machine, test=True):
-    """One run, in its folder, from where it stands. One that is finished is kept: its result is returned again."""
-    state, file = read_last(out, settings), out / "result.json"
-    if not state:
+    """One run, in its folder, from where it stands. One that is finished is kept: its result is returned again.
+
+    Raises ValueError if the folder holds a run of other settings.
+    """
+    state, file = {}, out / "result.json"
+    if (out / "last.pt").exists():
+        state = sa2vp.read_checkpoint(out / "last.pt")
+        for name, now in settings.items():
+            then = state["settings"].get(name)
+            if then != now:
+                raise ValueError(f"{out} holds a run with {name} {text(then)}, not {text(now)}: give another --out")
+    else:
         file.unlink(missing_ok=True)  # of a run whose last.pt was taken away
     result = json.loads(file.read_text()) if file.exists() else {}
     if not result or test and result["accuracy"] is None:
