@@ -461,8 +461,7 @@ def evaluate_again(flags, machine):
     model.to(machine.device)
     log(f"test {percent(*evaluate(model, make_loader(splits.test, meta, machine), machine))}")
     if "show" in flags:
-        some = np.linspace(0, len(splits.test) - 1, min(flags["show"], len(splits.test)))
-        show(flags["eval"], model, meta, [splits.test[round(i)] for i in some])
+        show(flags["eval"], model, meta, splits.test, flags["show"])
 
 
 def predict(flags, machine):
@@ -491,7 +490,7 @@ def predict(flags, machine):
             log(f"  {probability:7.2%}  {meta['classes'][label]}")
         samples.append((picture, None))
     if "show" in flags and samples:
-        show(path, model, meta, samples[: flags["show"]])
+        show(path, model, meta, samples, flags["show"])
     return failed
 
 
@@ -499,13 +498,15 @@ TILE, CAPTION = 200, 44  # pixels
 
 
 @torch.inference_mode()
-def show(path, model, meta, samples):
-    """--show: writes show.png, with a row for each sample (picture, label or None), beside the checkpoint.
+def show(path, model, meta, samples, count):
+    """--show: writes show.png beside the checkpoint, with a row for each of up to `count` samples, evenly spaced.
 
-    Attention and change are orange over the picture, the brighter the more; attentions are on one scale.
+    A sample is (picture, label or None). Attention and change are orange over the picture, the brighter the more; attentions are on one scale.
     """
-    transform = data.transform(**meta["input"])
-    images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(model.head.weight.device)
+    count = min(count, len(samples))
+    samples = [samples[i * len(samples) // count] for i in range(count)]
+    pictures = data.Pictures(samples, data.transform(**meta["input"]))
+    images = torch.stack([image for image, _ in pictures]).to(model.head.weight.device)
     mean, std = (images.new_tensor(meta["input"][name])[:, None, None] for name in ("mean", "std"))
     seen = (images * std + mean).clamp(0, 1)
     attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
