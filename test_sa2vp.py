@@ -814,7 +814,7 @@ def test_an_interrupted_run_goes_on_to_the_numbers_of_one_that_was_not(run, comm
         with monkeypatch.context() as patch:
             interrupt(patch, "evaluate", killed_in)
             assert fail(command(*flags, "--out", broken)) == 130
-        assert "interrupted; the same command goes on: python train.py --dropout 0.2" in capsys.readouterr().err
+        assert "interrupted; the same command goes on" in capsys.readouterr().err
         same(whole, outcome(run(*flags, out=broken)))
     before = Path("whole/best.pt").stat().st_mtime_ns
     capsys.readouterr()
@@ -916,11 +916,10 @@ train.main(sys.argv[1:])"""
 
 
 def test_after_ctrl_c_under_torchrun_one_process_says_how_to_go_on(monkeypatch, capsys):
-    for name in ("WORLD", "LOCAL_WORLD"):
-        monkeypatch.setattr(train, name, 2)
+    monkeypatch.setattr(train, "WORLD", 2)
     monkeypatch.setattr(os, "_exit", sys.exit)
     interrupt(monkeypatch, "choose_machine", 0)
-    for rank, says in ((0, "interrupted; the same command goes on: torchrun --nproc_per_node=2 train.py --lr 1\n"), (1, "")):
+    for rank, says in ((0, "interrupted; the same command goes on\n"), (1, "")):
         monkeypatch.setattr(train, "RANK", rank)
         assert fail(["--lr", 1]) == 130 and capsys.readouterr().err == says
 

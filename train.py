@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -857,8 +856,7 @@ def main(argv):
     except KeyboardInterrupt:
         code = 130
         if RANK == 0:
-            command = f"torchrun --nproc_per_node={LOCAL_WORLD}" if WORLD > 1 else "python"
-            print(f"interrupted; the same command goes on: {command} train.py {shlex.join(argv)}", file=sys.stderr)
+            print("interrupted; the same command goes on", file=sys.stderr)
     except BAD_INPUT as error:
         code = 2
         print(f"train.py: {one_line(error)}", file=sys.stderr)
