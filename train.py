@@ -48,8 +48,8 @@ RECIPE = dict(
 LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "adapter": 1e-3, "linear": 1e-2, "full": 1e-4}
 
 # torchrun's processes: which one this is, how many there are, and the same on this machine.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+RANK, WORLD = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD = int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("LOCAL_WORLD_SIZE", 1))
 
 BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError)  # ends in one sentence and exit code 2
 
