@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -214,12 +215,10 @@ def read_inputs(settings, machine):
     row, batch_size, weights = data.find(settings["data"]), settings["batch_size"], settings["weights"]
     torch.manual_seed(settings["seed"])  # of the small ViT, which is not read but drawn
 
-    def read():
+    with first_on_each_machine():
         options = {name: settings[name] for name in ("image_size", "heads", "normalize")}
         backbone = vit.load_vit(weights, **options) if weights else vit.VisionTransformer(**SMALL_VIT)
-        return data.load(row, machine.root, settings["tune"]), backbone
-
-    splits, backbone = first_on_each_machine(read)
+        splits = data.load(row, machine.root, settings["tune"])
     if not (row.vtab or splits.val and splits.test):
         raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
     if len(splits.train) < batch_size or batch_size % WORLD:
@@ -711,17 +710,16 @@ def choose_machine(flags):
     return Machine(device, dtype, workers, "compile" in flags, flags.get("root", Path("data")))
 
 
-def first_on_each_machine(read):
-    """What `read()` returns; on each machine the first process calls it before the others, so that it downloads."""
-    if WORLD == 1:
-        return read()
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # a download takes longer than a step
+@contextmanager
+def first_on_each_machine():
+    """In a `with` block: the first process of each machine goes through it before the others, so that it downloads."""
+    if WORLD > 1:
+        waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # a download takes longer than a step
     if LOCAL_RANK > 0:
         dist.barrier(waiting)
-    result = read()
-    if LOCAL_RANK == 0:
+    yield
+    if WORLD > 1 and LOCAL_RANK == 0:
         dist.barrier(waiting)
-    return result
 
 
 def summed(tensor):
