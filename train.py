@@ -95,7 +95,8 @@ def fit(settings, out, machine, state, test=True):
         log(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
             f"validation {percent(accuracy, prompt_accuracy)}")  # fmt: skip
         state = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
-        if best_epoch(history) is history[-1]:
+        # The first epoch of highest validation accuracy is kept; without validation, the last.
+        if accuracy is None or all(accuracy > earlier["val_accuracy"] for earlier in history[:-1]):
             save(out / "best.pt", state)
         save(out / "metrics.csv", history)
         save(out / "last.pt", state | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
@@ -171,13 +172,6 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
         return peak * step / max(1, warmup_steps - 1)
     done = (step - warmup_steps) / (total_steps - warmup_steps)
     return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2
-
-
-def best_epoch(history):
-    """The epoch that is kept: the first of highest validation accuracy, base pathway; without validation, the last."""
-    if history[-1]["val_accuracy"] is None:
-        return history[-1]
-    return max(history, key=lambda epoch: epoch["val_accuracy"])
 
 
 def autocast(machine):
