@@ -475,11 +475,10 @@ def predict(flags, machine):
             print(f"train.py: {one_line(error)}", file=sys.stderr)
             continue
         with torch.inference_mode(), autocast(machine):
-            scores = model(image[None])[0][0]
-        top = scores.float().softmax(dim=0).topk(min(5, len(scores)))
+            probabilities = model(image[None])[0][0].float().softmax(dim=0)
         log(picture)
-        for probability, label in zip(top.values.tolist(), top.indices.tolist()):
-            log(f"  {probability:7.2%}  {meta['classes'][label]}")
+        for label in probabilities.argsort(descending=True)[:5].tolist():
+            log(f"  {probabilities[label]:7.2%}  {meta['classes'][label]}")
         samples.append((picture, None))
     if "show" in flags and samples:
         show(path, model, meta, samples, flags["show"])
