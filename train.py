@@ -499,9 +499,9 @@ def show(path, model, meta, samples, count):
     pictures = data.Pictures(samples, data.transform(**meta["input"]))
     images = torch.stack([image for image, _ in pictures]).to(model.head.weight.device)
     mean, std = (images.new_tensor(meta["input"][name])[:, None, None] for name in ("mean", "std"))
-    seen = (images * std + mean).clamp(0, 1)
+    seen = images * std + mean
     attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
-    attention = (attention / attention.amax((0, 2, 3))[:, None, None]).sqrt()  # a few patches have most of it
+    attention = (attention / attention.amax((0, 2, 3), keepdim=True)).sqrt()  # a few patches have most of it
     columns = {
         "class token's attention\n(orange), encoder alone": overlay(seen, attention[0]),
         "class token's attention\n(orange), whole model": overlay(seen, attention[1]),
