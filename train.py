@@ -210,8 +210,10 @@ def read_inputs(settings, machine):
     torch.manual_seed(settings["seed"])  # of the small ViT, which is not read but drawn
 
     with first_on_each_machine():
-        options = {name: settings[name] for name in ("image_size", "heads", "normalize")}
-        backbone = vit.load_vit(weights, **options) if weights else vit.VisionTransformer(**SMALL_VIT)
+        if weights:
+            backbone = vit.load_vit(weights, settings["image_size"], settings["heads"], settings["normalize"])
+        else:
+            backbone = vit.VisionTransformer(**SMALL_VIT)
         splits = data.load(row, machine.root, settings["tune"])
     if not (row.vtab or splits.val and splits.test):
         raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
