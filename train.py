@@ -398,8 +398,8 @@ def run(settings, out, machine, test=True):
             run(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
             log()
         result = fit(settings, out, machine, state, test)
-    accuracies = (result["accuracy"], result["prompt_accuracy"]) if test else (result["val_accuracy"], None)
-    log(f"{'test' if test else 'validation'} {percent(*accuracies)} with epoch {result['best_epoch']}, "
+    log(f"test {percent(result['accuracy'], result['prompt_accuracy'])}, validation "
+        f"{percent(result['val_accuracy'], None)} with epoch {result['best_epoch']}, "
         f"trained for {result['seconds']:.0f} s")  # fmt: skip
     return result
 
