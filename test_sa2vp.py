@@ -1287,7 +1287,7 @@ def test_the_chosen_run_of_a_search_is_tested_as_it_is_and_one_that_could_not_ru
 def test_a_run_that_cannot_run_is_named_and_the_rest_still_runs(command, monkeypatch, capsys):
     monkeypatch.setattr(train, "ABLATIONS", {"impossible": {"fusion_layers": (1,)}, "full-method": {}})
     error = refusal(capsys, command("--ablate", "--out", "run"))
-    assert error.startswith("train.py: insects-impossible could not run: F, [1], must be a subset")
+    assert error.startswith("train.py: run/insects-impossible could not run: F, [1], must be a subset")
     rows = table(Path("run/results.csv"))
     assert [(row["variant"], bool(row["accuracy"])) for row in rows] == [("impossible", False), ("full-method", True)]
 

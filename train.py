@@ -310,24 +310,21 @@ def train(flags, machine):
     combinations = list_combinations(given, ablate)
     seeds = (REPEATED | given)["seed"]
     varied = [name for name in given if len(given[name]) > 1]
+    several = varied or len(combinations) > 1
     out = flags.get("out", Path("runs", run_name(given, "ablation" if ablate else None)))
-    if not varied and len(combinations) == 1:
-        ((settings,),) = combinations.values()
-        run(settings, out, machine)
-        return False
     rows, scores, failures = [], {}, []
 
     def attempt(variant, settings, test=True):
         """The result of one of the runs; {} if it could not run."""
         own = {name: [settings[name]] for name in ("data", *varied) if name in settings}
-        folder = out / (run_name(own, variant) + "-tune" * settings["tune"])
+        folder = out / (run_name(own, variant) + "-tune" * settings["tune"]) if several else out
         try:
             return run(settings, folder, machine, test)
         except BAD_INPUT as error:
             if WORLD > 1:  # the others would still be in there
                 raise
             failures.append(folder)
-            print(f"train.py: {folder.name} could not run: {one_line(error)}", file=sys.stderr)
+            print(f"train.py: {folder} could not run: {one_line(error)}", file=sys.stderr)
             return {}
 
     for (member, variant), choices in combinations.items():
@@ -349,8 +346,9 @@ def train(flags, machine):
     columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
     columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
     rows = [{column: row.get(column) for column in columns} for row in rows]
-    save(out / "results.csv", rows)
-    print_table(rows)
+    if several:
+        save(out / "results.csv", rows)
+        print_table(rows)
     return bool(failures)
 
 
