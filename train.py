@@ -160,10 +160,10 @@ def make_optimizer(model, weight_decay):
     """AdamW; weight decay on all that has more than one dimension (matrices, prompt maps, gates), not on the rest."""
     trained = sa2vp.trained_parameters(model).values()
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim > 1]},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)  # its defaults: betas (0.9, 0.999), eps 1e-8
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
