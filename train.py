@@ -539,8 +539,8 @@ def overlay(pictures, values):
 def principal_colours(model):
     """The first three principal components of the prompt map as red, green and blue, on one scale: (3, h', w')."""
     tokens = model.prompt_map()[0, 1:]  # (h' w', d)
-    u, s, _ = torch.linalg.svd(tokens - tokens.mean(dim=0), full_matrices=False)
-    components = F.pad(u * s, (0, 3))[:, :3]
+    tokens = tokens - tokens.mean(dim=0)
+    components = tokens @ torch.linalg.svd(tokens).Vh[:3].T  # (h' w', 3)
     components = components - components.amin(dim=0)
     return (components / components.max().clamp(min=1e-12)).T.unflatten(1, model.prompt_grid)
 
