@@ -835,12 +835,13 @@ def main(argv):
         flags = vars(command_line().parse_args(argv))
         job = next((name for name in JOBS if name in flags), "training")
         function, own = JOBS[job]
-        if others := flags.keys() - {job, *MACHINE, *own}:
-            raise ValueError(f"{flag(min(others))} has no part in {job if function is train else flag(job)}")
-        for name in flags.keys() & SETTINGS if function is not train else ():
-            flags[name], *more = flags[name]
-            if more:
-                raise ValueError(f"{flag(name)} takes one value here")
+        for name in sorted(flags.keys() - {job, *MACHINE}):
+            if name not in own:
+                raise ValueError(f"{flag(name)} has no part in {job if function is train else flag(job)}")
+            if name in SETTINGS and function is not train:
+                flags[name], *more = flags[name]
+                if more:
+                    raise ValueError(f"{flag(name)} takes one value here")
         code = 2 if function(flags, choose_machine(flags)) else 0
         if dist.is_initialized():
             dist.destroy_process_group()
