@@ -613,11 +613,11 @@ def save(path, content):
     """
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
+        part = path.with_stem(f"{path.stem}.part")
         if path.suffix == ".pt":
             torch.save(content, part)
         elif path.suffix == ".png":
-            content.save(part, format="png")
+            content.save(part)
         elif path.suffix == ".json":
             part.write_text(json.dumps(content, indent=2))
         else:
@@ -843,7 +843,7 @@ def main(argv):
                 if more:
                     raise ValueError(f"{flag(name)} takes one value here")
         code = 2 if function(flags, choose_machine(flags)) else 0
-        if dist.is_initialized():
+        if WORLD > 1:
             dist.destroy_process_group()
     except KeyboardInterrupt:
         code = 130
