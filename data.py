@@ -63,9 +63,9 @@ def find(name):
     raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
 
 
-def members(name):
-    """The data sets of a group, whose parts may be groups; any other name is its own only member."""
-    return [member for part in GROUPS[name] for member in members(part)] if name in GROUPS else [name]
+def members(names):
+    """The names, with the data sets of a group in its place; its parts may be groups."""
+    return [member for name in names for member in (members(GROUPS[name]) if name in GROUPS else [name])]
 
 
 def load(row, root, tune=False):

@@ -1098,7 +1098,7 @@ def test_the_table_has_the_papers_settings():
         assert one["fusion_layers"] == ((4,) if name == "cars" else None)
         assert (one["epochs"], one["warmup_epochs"], one["weight_decay"], one["dropout"]) == (100, 10, 1e-4, 0.1)
         assert (one["window"], one["seed"], one["image_size"]) == (3, 42, 224)
-    assert len(data.members("vtab")) == 19
+    assert len(data.members(["vtab"])) == 19
     assert train.complete_settings({"data": "shapes", "method": "sa2vp"})["epochs"] == 30
 
 

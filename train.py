@@ -362,9 +362,8 @@ def list_combinations(given, ablate=False):
     variants = ABLATIONS if ablate else {method: {"method": method} for method in values["method"]}
     if changed := ablate and given.keys() & set().union(*ABLATIONS.values()):
         raise ValueError(f"{flag(min(changed))} has no part in --ablate, which changes it itself")
-    members = [member for name in values["data"] for member in data.members(name)]
     combinations, used = {}, set(REPEATED)
-    for member, (variant, change) in itertools.product(members, variants.items()):
+    for member, (variant, change) in itertools.product(data.members(values["data"]), variants.items()):
         fixed = {"data": member, "method": "sa2vp", "seed": values["seed"][0]} | change
         own = [name for name in given if name in complete_settings(fixed) and name not in REPEATED]
         used |= set(own)
