@@ -546,14 +546,14 @@ def principal_colours(model):
 
 # ---------------------------------------------------------------------- what a step costs
 
-BENCH = {  # row of the table: method and options; the frozen encoder has a linear head
+BENCH = {  # row of the table: method and options, dropout 0 if not named; the frozen encoder has a linear head
     "frozen encoder": {"method": "linear"},
     "linear probe": {"method": "linear"},
-    "adapter": {"method": "adapter", "dropout": 0.0},
+    "adapter": {"method": "adapter"},
     "VPT-deep, 50 prompts": {"method": "vpt"},
     "full fine-tuning": {"method": "full"},
-    "SA2VP": {"method": "sa2vp", "dropout": 0.0},
-    "SA2VP, 7x7 prompt map": {"method": "sa2vp", "dropout": 0.0, "prompt_grid": (7, 7)},
+    "SA2VP": {"method": "sa2vp"},
+    "SA2VP, 7x7 prompt map": {"method": "sa2vp", "prompt_grid": (7, 7)},
     "SA2VP, dropout 0.1": {"method": "sa2vp", "dropout": 0.1},
 }
 
@@ -571,7 +571,7 @@ def bench(flags, machine, rounds=7):
     torch._dynamo.config.recompile_limit = 2 * len(BENCH)  # with --compile: for training and for prediction
     for name, options in BENCH.items():
         backbone = vit.load_vit(weights) if weights else vit.VisionTransformer()
-        model = sa2vp.build(backbone, 200, options).to(machine.device)
+        model = sa2vp.build(backbone, 200, {"dropout": 0.0} | options).to(machine.device)
         if name == "frozen encoder":
             backbone.pos_embed.requires_grad_()  # backward reaches the first layer's input
         models.append((wrap(model, machine), make_optimizer(model, 1e-4)))
