@@ -360,8 +360,6 @@ def list_combinations(given, ablate=False):
     """
     values = REPEATED | given
     variants = ABLATIONS if ablate else {method: {"method": method} for method in values["method"]}
-    if changed := ablate and given.keys() & set().union(*ABLATIONS.values()):
-        raise ValueError(f"{flag(min(changed))} has no part in --ablate, which changes it itself")
     combinations, used = {}, set(REPEATED)
     for member, (variant, change) in itertools.product(data.members(values["data"]), variants.items()):
         fixed = {"data": member, "method": "sa2vp", "seed": values["seed"][0]} | change
@@ -805,7 +803,8 @@ JOBS = {  # flag: (what it does, the other flags that it takes)
     "bench": (bench, ("weights", "batch_size")),
     "eval": (evaluate_again, ("data", "weights", "show")),
     "predict": (predict, ("weights", "show")),
-    "training": (train, (*SETTINGS, "ablate", "out")),
+    "ablate": (train, {*SETTINGS, "out"}.difference(*ABLATIONS.values())),  # what the variants change is not given
+    "training": (train, (*SETTINGS, "out")),
 }
 
 
@@ -836,7 +835,7 @@ def main(argv):
         function, own = JOBS[job]
         for name in sorted(flags.keys() - {job, *MACHINE}):
             if name not in own:
-                raise ValueError(f"{flag(name)} has no part in {job if function is train else flag(job)}")
+                raise ValueError(f"{flag(name)} has no part in {job if job == 'training' else flag(job)}")
             if name in SETTINGS and function is not train:
                 flags[name], *more = flags[name]
                 if more:
