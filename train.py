@@ -671,7 +671,7 @@ def log(message=""):
 
 def one_line(error):
     """What an error says, on one line. One from a DataLoader's worker carries a traceback: its last line is taken."""
-    message = str(error).strip() or type(error).__name__
+    message = str(error) or type(error).__name__
     if message.startswith("Caught "):
         message = message.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
     return " ".join(message.split())[:400]
@@ -815,7 +815,7 @@ def flag(name):
 
 def command_line():
     """The parser. A flag that is not given is absent from its result."""
-    parser = CommandLine(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    parser = CommandLine(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     groups = {"settings, each with one value or several": SETTINGS, "machine": MACHINE, "what is done": OTHERS}
     for title, flags in groups.items():
