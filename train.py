@@ -489,12 +489,13 @@ TILE, CAPTION = 200, 44  # pixels
 def show(path, model, meta, samples, count):
     """--show: writes show.png beside the checkpoint, with a row for each of up to `count` samples, evenly spaced.
 
-    A sample is (picture, label or None). Attention and change are orange over the picture, the brighter the more; attentions are on one scale.
+    A sample is (picture, label or None). Attention and change are orange over the picture, the brighter the more;
+    attentions are on one scale.
     """
     count = min(count, len(samples))
     samples = [samples[i * len(samples) // count] for i in range(count)]
-    pictures = data.Pictures(samples, data.transform(**meta["input"]))
-    images = torch.stack([image for image, _ in pictures]).to(model.head.weight.device)
+    transform = data.transform(**meta["input"])
+    images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(model.head.weight.device)
     mean, std = (images.new_tensor(meta["input"][name])[:, None, None] for name in ("mean", "std"))
     seen = images * std + mean
     attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
