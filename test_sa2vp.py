@@ -6,7 +6,6 @@ runs, use, the command line and files. `literal` is the method token by token, a
 
 import argparse
 import ast
-import contextlib
 import csv
 import functools
 import hashlib
@@ -18,7 +17,6 @@ import pickle
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -860,7 +858,7 @@ def torchrun(*arguments):
 TWO = ("--standalone", "--nproc_per_node=2")
 
 
-def test_two_processes_train_and_test_as_one_does(run, command, settings, monkeypatch):
+def test_two_processes_train_and_test_as_one_does(run, command):
     for split, count in {"train": 27, "val": 15, "test": 9}.items():  # none is a multiple of four
         names = {f"{i % 3}/{split}{i}.jpg": i % 3 for i in range(count)}
         write(Path("data/dogs"), {f"Images/{name}": None for name in names} | {f"{split}.json": names})
@@ -871,10 +869,6 @@ def test_two_processes_train_and_test_as_one_does(run, command, settings, monkey
     assert job.returncode == 0 and output.count("validation") == 4, errors  # one process prints
     for ours, theirs in zip(rows, outcome(Path("two"))[0]):
         assert float(ours.pop("loss", 0)) == pytest.approx(float(theirs.pop("loss", 0)), rel=1e-4) and ours == theirs
-    monkeypatch.setattr(train, "WORLD", 2)
-    monkeypatch.setattr(train, "first_on_each_machine", contextlib.nullcontext)
-    with pytest.raises(ValueError, match="2 processes make no batches of 5"):
-        train.read_inputs(settings(batch_size=5), CPU)
 
 
 def test_a_process_that_fails_ends_all(command, tmp_path):
@@ -886,19 +880,20 @@ def test_a_process_that_fails_ends_all(command, tmp_path):
     assert re.search(r"^train\.py: cannot read the picture .*bee/0\.png: UnidentifiedImageError$", errors, re.M)
 
 
-def test_the_first_process_of_each_machine_downloads(command):
-    code = f"""import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import data, train; load = data.load
-data.load = lambda row, root, *more: (root / 'asked').touch() or load(row, root, *more)
-train.main(sys.argv[1:])"""
-    write(Path(), {"program.py": code, "machine0/a": "", "machine1/a": ""})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nodes = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
-    flags = ["program.py", *command("--out", "out"), "--root"]
-    jobs = [torchrun(*nodes, f"--node_rank={node}", *flags, f"machine{node}") for node in (0, 1)]
-    outputs = [job.communicate(timeout=60) for job in jobs]
-    assert all(Path(f"machine{node}/asked").exists() for node in (0, 1)), outputs
-    assert [job.returncode for job in jobs] == [0, 0] and result(Path("out"))["best_epoch"] == 1
+def test_the_first_process_of_each_machine_reads_and_so_downloads_before_the_others(settings, monkeypatch):
+    events, load = [], data.load
+    monkeypatch.setattr(train, "WORLD", 4)
+    monkeypatch.setattr(train.dist, "new_group", lambda **_: "wait")
+    monkeypatch.setattr(train.dist, "barrier", events.append)
+    monkeypatch.setattr(data, "load", lambda *given: events.append("read") or load(*given))
+    for rank, local_rank, order in ((2, 0, ["read", "wait"]), (1, 1, ["wait", "read"])):
+        monkeypatch.setattr(train, "RANK", rank)
+        monkeypatch.setattr(train, "LOCAL_RANK", local_rank)
+        events.clear()
+        train.read_inputs(settings(), CPU)
+        assert events == order
+    with pytest.raises(ValueError, match="4 processes make no batches of 6"):
+        train.read_inputs(settings(batch_size=6), CPU)
 
 
 def test_after_ctrl_c_under_torchrun_one_process_says_how_to_go_on(monkeypatch, capsys):
