@@ -1404,21 +1404,21 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(command, capsys, flags, par
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [("a.pt", torch.ones(99)), ("a.json", {"a": 1}), ("a.csv", [{"a": 1}]), ("a.png", Image.effect_noise((99, 99), 9))],
-    ids=["pt", "json", "csv", "png"],
-)
-def test_a_file_is_there_whole_or_as_it_was(tmp_path, name, content):
-    train.save(tmp_path / name, content)
-    before, limit = (tmp_path / name).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+CONTENTS = {"pt": torch.ones(99), "json": {"a": 1}, "csv": [{"a": 1}], "png": Image.effect_noise((99, 99), 9)}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_a_file_is_there_whole_or_as_it_was(tmp_path, kind):
+    path, limit = tmp_path / f"file.{kind}", resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.save(path, CONTENTS[kind])
+    before = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (2, limit[1]))  # as if the disk were full
     try:
         with pytest.raises(Exception):
-            train.save(tmp_path / name, content)
+            train.save(path, CONTENTS[kind])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert (tmp_path / name).read_bytes() == before
+    assert path.read_bytes() == before
 
 
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
