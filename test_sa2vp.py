@@ -707,16 +707,16 @@ def test_a_run_writes_what_it_promises_and_leaves_the_backbone_bit_for_bit(run, 
 
 
 def test_the_chosen_epoch_is_tested_and_reported(run, monkeypatch):
-    accuracies, tested = iter([10.0, 30.0, 20.0, 5.0]), []
+    accuracies, tested = iter([10.0, 30.0, 20.0, 30.0, 5.0]), []  # of equals, the first is kept
 
     def pretended(model, *_):
         tested.append(model.head.weight.clone())
         return next(accuracies), None
 
     monkeypatch.setattr(train, "evaluate", pretended)
-    found = result(run("--lr", 0.01, "--epochs", 3))
+    found = result(run("--lr", 0.01, "--epochs", 4))
     assert (found["val_accuracy"], found["best_epoch"], found["accuracy"]) == (30.0, 2, 5.0)
-    assert [torch.equal(weight, tested[3]) for weight in tested] == [False, True, False, True]
+    assert [torch.equal(weight, tested[4]) for weight in tested] == [False, True, False, False, True]
     assert torch.equal(checkpoint("run/best.pt")["trained"]["head.weight"], tested[1])
 
 
