@@ -64,7 +64,7 @@ def find(name):
 
 
 def members(names):
-    """The names, with the data sets of a group in its place; its parts may be groups."""
+    """The names, with each group replaced by its data sets. The parts of a group may be groups."""
     return [member for name in names for member in (members(GROUPS[name]) if name in GROUPS else [name])]
 
 
@@ -99,7 +99,7 @@ def class_folders(folder, row, root, tune):
     for split in ("train", "val", "test"):
         inside = {path.name for path in (folder / split).glob("*") if path.is_dir()}
         if unknown := inside - set(classes):
-            raise DataError(f"{folder / split} has class {min(unknown)!r}, which {folder / 'train'} has not")
+            raise DataError(f"{folder / split} has class {min(unknown)!r}, which is missing in {folder / 'train'}")
         found = make_dataset(folder / split, index, IMG_EXTENSIONS, allow_empty=split != "train") if inside else []
         parts.append([(Path(path), label) for path, label in found])
     return hold_out(Splits(*parts, classes, "its own folders"), share=0.1)
@@ -186,8 +186,8 @@ def hold_out(splits, share):
 def fetch(path, source, download=None, inside="*", md5=None):
     """Unless `path` is there, `download(folder)` makes it in a temporary folder, from which it is moved when whole.
 
-    By default that unpacks `source` if it is an archive. What matches `inside` there is moved beside `path`,
-    that last. Raises FileNotFoundError that says where to get it and where to put it.
+    By default that unpacks `source` if it is an archive. What matches `inside` there is moved into the folder of
+    `path`, `path` itself last. Raises FileNotFoundError that says where to get it and where to put it.
     """
     if path.exists():
         return
@@ -393,7 +393,7 @@ ROWS = (
     DataSet("hta/food101",             101, *FOOD101,  64, 0.1),
     DataSet("hta/gtsrb",                43, *GTSRB,    64, 0.1),
     DataSet("hta/svhn",                 10, *SVHN,     64, 0.1),
-    DataSet("shapes",                    8, *TARGET,   16, 1.0, 32, TARGET_LR, dropout=0.0, epochs=30,
+    DataSet("shapes",                    8, *TARGET,   16, 1.0, batch_size=32, lr=TARGET_LR, dropout=0.0, epochs=30,
             weights="runs/shapes-vit/best.pt", image_size=SIDE),
     DataSet("shapes-source",            12, *SOURCE,   16, 1.0, weights=None, image_size=SIDE),
 )  # fmt: skip

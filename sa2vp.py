@@ -291,7 +291,7 @@ def class_attention(model, images):
     """What the class token attends to in the last layer's self attention: (batch, 3, height, width) -> (batch, h, w).
 
     The mean over the heads; of SA2VP, in the base pathway. `model` is a method or a bare VisionTransformer,
-    in evaluation mode. Values sum to 1, less what the class token gives to itself and to VPT's prompts.
+    in evaluation mode. Values sum to 1 minus the class token's attention to itself and to VPT's prompts.
     """
     vit, seen = getattr(model, "vit", model), []
     hook = vit.blocks[-1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output))

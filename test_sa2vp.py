@@ -793,7 +793,7 @@ def test_an_interrupted_run_goes_on_to_the_numbers_of_one_that_was_not(run, comm
         with monkeypatch.context() as patch:
             interrupt(patch, "evaluate", killed_in)
             assert fail(command(*flags, "--out", broken)) == 130
-        assert "interrupted; the same command goes on" in capsys.readouterr().err
+        assert "run the same command again" in capsys.readouterr().err
         same(whole, outcome(run(*flags, out=broken)))
     before = Path("whole/best.pt").stat().st_mtime_ns
     capsys.readouterr()
@@ -888,7 +888,7 @@ def test_after_ctrl_c_under_torchrun_one_process_says_how_to_go_on(monkeypatch, 
     monkeypatch.setattr(train, "WORLD", 2)
     monkeypatch.setattr(os, "_exit", sys.exit)
     interrupt(monkeypatch, "choose_machine", 0)
-    for rank, says in ((0, "interrupted; the same command goes on\n"), (1, "")):
+    for rank, says in ((0, "interrupted; run the same command again to go on\n"), (1, "")):
         monkeypatch.setattr(train, "RANK", rank)
         assert fail(["--lr", 1]) == 130 and capsys.readouterr().err == says
 
@@ -1293,16 +1293,19 @@ def test_a_checkpoint_has_its_own_transforms_and_one_that_lacks_something_is_ref
         assert "damaged.pt" in refusal(capsys, ["--eval", "damaged.pt", "--cpu"])
 
 
-def test_predict_prints_the_five_likeliest_classes_and_names_what_it_cannot_read(run, files, capsys):
+def test_predict_prints_the_five_likeliest_classes_and_names_what_it_cannot_read(run, files, monkeypatch, capsys):
     make_folder(Path("seven"), {"train": 3, "test": 1}, classes="abcdefg")
     write(Path(), {"damaged.jpg": b"\xff\xd8 no picture", "empty/a.txt": ""})
     best, bee, folder = run("--data", "seven") / "best.pt", files / "insects/test/bee/1.png", files / "insects/train"
     model, meta = sa2vp.load(best)
+    pictures, opened, open_picture = [bee, *sorted(folder.rglob("*.png"))], [], data.open_picture
+    monkeypatch.setattr(data, "open_picture", lambda picture: opened.append(picture) or open_picture(picture))
     capsys.readouterr()
     assert fail(["--predict", best, "damaged.jpg", bee, folder, "--show", 2, "--cpu"]) == 2
+    assert opened[-2:] == [pictures[0], pictures[6]]  # of 13, what is shown is evenly spaced
     expected = []
-    for picture in (bee, *sorted(folder.rglob("*.png"))):
-        image = data.transform(**meta["input"])(data.open_picture(picture))
+    for picture in pictures:
+        image = data.transform(**meta["input"])(open_picture(picture))
         with torch.inference_mode():
             probabilities = model(image[None])[0][0].softmax(dim=0).tolist()
         right = sorted(zip(probabilities, meta["classes"]), reverse=True)[:5]
@@ -1482,4 +1485,4 @@ def test_a_run_on_cuda_goes_on_predicts_shows_and_is_measured(command, files, mo
     assert Path("run/show.png").exists()
     monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in ("frozen encoder", "SA2VP")})
     train.bench({"weights": files / "vit.pth"}, train.choose_machine({}), rounds=2)
-    assert "MB" in capsys.readouterr().out
+    assert "MiB" in capsys.readouterr().out

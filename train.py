@@ -94,14 +94,14 @@ def fit(settings, out, machine, state, test=True):
                             images_per_second=speed, seconds=time.perf_counter() - start))  # fmt: skip
         log(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
             f"validation {percent(accuracy, prompt_accuracy)}")  # fmt: skip
-        state = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
+        checkpoint = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
         # The first epoch of highest validation accuracy is kept; without validation, the last.
         if accuracy is None or all(accuracy > earlier["val_accuracy"] for earlier in history[:-1]):
-            save(out / "best.pt", state)
+            save(out / "best.pt", checkpoint)
         save(out / "metrics.csv", history)
-        save(out / "last.pt", state | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+        save(out / "last.pt", checkpoint | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
 
-    # The test data is used here, once, with the epoch that was kept.
+    # The test data is used only here, once, with the epoch that was kept.
     kept = sa2vp.read_checkpoint(out / "best.pt")
     best = kept["history"][-1]
     sa2vp.load_trained(model, kept["trained"])
@@ -213,7 +213,7 @@ def read_inputs(settings, machine):
         if weights:
             backbone = vit.load_vit(weights, settings["image_size"], settings["heads"], settings["normalize"])
         else:
-            backbone = vit.VisionTransformer(**SMALL_VIT)
+            backbone = vit.VisionTransformer(settings["image_size"], **SMALL_VIT)
         splits = data.load(row, machine.root, settings["tune"])
     if not (row.vtab or splits.val and splits.test):
         raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
@@ -289,7 +289,7 @@ ABLATIONS = {  # what each variant changes of the full method
 }
 
 # The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
-SMALL_VIT = dict(image_size=data.SIDE, patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
+SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
 PRETRAINED = Path(data.TABLE["shapes"].weights)
 PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
 
@@ -363,7 +363,8 @@ def list_combinations(given, ablate=False):
     combinations, used = {}, set(REPEATED)
     for member, (variant, change) in itertools.product(data.members(values["data"]), variants.items()):
         fixed = {"data": member, "method": "sa2vp", "seed": values["seed"][0]} | change
-        own = [name for name in given if name in complete_settings(fixed) and name not in REPEATED]
+        options = complete_settings(fixed).keys() - REPEATED
+        own = [name for name in given if name in options]
         used |= set(own)
         choices = itertools.product(*(given[name] for name in own))
         combinations[member, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in choices]
@@ -373,7 +374,7 @@ def list_combinations(given, ablate=False):
 
 
 def run(settings, out, machine, test=True):
-    """One run, in its folder, from where it stands. One that is finished is kept: its result is returned again.
+    """One run, in its folder. An interrupted one is resumed; a finished one is kept, and its result returned again.
 
     Raises ValueError if the folder holds a run of other settings.
     """
@@ -596,7 +597,7 @@ def bench(flags, machine, rounds=7):
         f"{torch.__version__}; medians of {rounds} rounds")  # fmt: skip
     print_table([
         {"per image": name, "training ms": milliseconds[row, 0], "ratio": ratios[row, 0],
-         "prediction ms": milliseconds[row, 1], "its ratio": ratios[row, 1], "MB": memory[row]}
+         "prediction ms": milliseconds[row, 1], "its ratio": ratios[row, 1], "MiB": memory[row]}
         for row, name in enumerate(BENCH)
     ])  # fmt: skip
 
@@ -605,7 +606,7 @@ def bench(flags, machine, rounds=7):
 
 
 def save(path, content):
-    """Writes a .pt, .png, .json or .csv file. It is there whole or, whatever happens meanwhile, as it was before.
+    """Writes a .pt, .png, .json or .csv file atomically: whatever happens, it is there whole or as it was before.
 
     Of several processes the first writes, and the others wait for it.
     """
@@ -736,7 +737,7 @@ def number(kind, low, high=math.inf):
 
     def number(value):
         if not low <= kind(value) < high:
-            raise argparse.ArgumentTypeError(f"{value} is not from {low} to below {high}")
+            raise argparse.ArgumentTypeError(f"{value} must be at least {low} and below {high}")
         return kind(value)
 
     return number
@@ -784,7 +785,7 @@ SETTINGS = {  # flags that are settings of a run: (type, what --help says); the 
 }
 CHOICES = {"method": list(sa2vp.METHODS), "normalize": list(vit.NORMALIZE)}
 MACHINE = {
-    "gpu": (NATURAL, "this GPU; default the best device there is"),
+    "gpu": (NATURAL, "this GPU; default the first, else the CPU"),
     "cpu": (bool, "no GPU"),
     "workers": (number(int, 0, 101), "processes that load pictures; default one per CPU, at most 16"),
     "compile": (bool, "run the model through torch.compile"),
@@ -847,7 +848,7 @@ def main(argv):
     except KeyboardInterrupt:
         code = 130
         if RANK == 0:
-            print("interrupted; the same command goes on", file=sys.stderr)
+            print("interrupted; run the same command again to go on", file=sys.stderr)
     except BAD_INPUT as error:
         code = 2
         print(f"train.py: {one_line(error)}", file=sys.stderr)

@@ -59,7 +59,7 @@ class Block(nn.Module):
         return self.attn.project(self.norm1(x))
 
     def finish(self, x, q, k, v):
-        """The rest of the layer. x and q may hold fewer tokens than k and v: those that are to go on."""
+        """The rest of the layer. x and q may hold fewer tokens than k and v: only those to keep."""
         x = x + self.attn.attend(q, k, v)
         return x + self.mlp(self.norm2(x))
 
@@ -217,8 +217,8 @@ def vit_from_tensors(tensors, image_size=None, heads=None):
     for name in filter(OTHER_ARCHITECTURE.match, tensors):
         raise ValueError(f"{name} (LayerScale, registers, distillation) is of another architecture than the plain ViT")
     for name, ndim in {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}.items():
-        if tensors[name].ndim != ndim or 0 in tensors[name].shape:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {ndim} dimensions")
+        if name not in tensors or tensors[name].ndim != ndim or 0 in tensors[name].shape:
+            raise ValueError(f"it has no {name} of {ndim} dimensions")
     dim, _, *patch_size = tensors["patch_embed.proj.weight"].shape
     hidden, positions = len(tensors["blocks.0.mlp.fc1.weight"]), tensors["pos_embed"].size(1)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
