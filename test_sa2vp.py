@@ -463,6 +463,7 @@ def test_adapter_tuning_adds_the_adapters_message_to_every_layer():
     model, images = sa2vp.AdapterTuning(small_vit(), 3, 4, scale=0.5).eval(), torch.randn(2, 3, 32, 32)
     x = model.vit.embed(images)
     for block, adapter in zip(model.vit.blocks, model.adapters):
+        assert adapter.drop.p == 0.1
         x = block(x) + 0.5 * adapter(x)
     torch.testing.assert_close(model(images)[0], model.head(model.vit.norm(x[:, 0])))
 
