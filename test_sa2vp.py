@@ -1254,6 +1254,8 @@ def test_a_search_names_a_run_that_diverges_saves_nothing_of_it_and_tests_the_be
     assert [bool(row["val_accuracy"]) for row in rows] == [False, True, True]
     chosen = max(rows[1:], key=lambda row: float(row["val_accuracy"]))
     assert [row["lr"] for row in rows if row["accuracy"]] == [chosen["lr"]]
+    results = [result(Path(f"run/insects-sa2vp-lr{row['lr']}")) for row in rows[1:]]
+    assert [found["accuracy"] is None for found in results] == [row is not chosen for row in rows[1:]]  # not tested
     alone = run(*flags, chosen["lr"], out="alone")
     assert float(chosen["accuracy"]) == result(alone)["accuracy"]
 
