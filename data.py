@@ -170,7 +170,7 @@ def in_torchvision(kind, on_disk, row, root, tune, val=None):
 
 
 def hold_out(splits, share):
-    """If there is no validation, holds out `share` of each class of train, always the same; a class of one stays."""
+    """Without validation, `share` of each class of train is held out: one picture at least, but never its only one."""
     if splits.val:
         return splits
     labels, rng = np.array([label for _, label in splits.train]), np.random.default_rng(0)

@@ -58,7 +58,7 @@ def aligned_neighbourhood(grid, other_grid, window):
         # The distance of the centres (y + 0.5) / n and (z + 0.5) / m, in integers, so that no rounding decides.
         return ((2 * y + 1) * m - (2 * z + 1) * n).abs() < window * max(n, m)
 
-    patches = torch.kron(*map(near, grid, other_grid))  # (h w, h' w'), near in y and near in x
+    patches = torch.kron(*map(near, grid, other_grid))  # (h w, h' w'): near(h, h') in y and near(w, w') in x
     mask = nn.functional.pad(patches, (1, 0, 1, 0))  # a row and a column of False, number 0: the class tokens
     mask[0] = True  # the class token attends to all
     if not mask.any(dim=1).all():
@@ -108,7 +108,7 @@ class InterLayerPromptFusion(nn.Module):
     def __init__(self, grid, inner_dim, dim):
         super().__init__()
         self.prompt_map = PromptMap(grid, inner_dim, dim)
-        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i; it has weight decay
+        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i; a matrix, so that it has weight decay
 
     def forward(self, layer):
         return self.gate * layer(self.prompt_map())
@@ -157,7 +157,7 @@ class SA2VP(nn.Module):
     num_classes     outputs of the head, which both pathways share
     inner_dim       r, the rank of the prompt maps and the width inside the adapters
     scale           s, the weight of a message
-    dropout         rate on B_0 and P_0, in the encoder's MLPs, the cross attention and the adapters
+    dropout         rate of `vit.drop`, which serves B_0, P_0, the MLPs, the cross attention and the adapters alike
     window          side of the aligned neighbourhood in cells, odd; None: every token attends to all
     prompt_grid     (h', w') of a scaled prompt map; None: the image's own grid; "half": half of that
     distill_layers  D, where B sends P the message; None: every fourth layer from 0; (): no layer
