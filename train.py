@@ -290,7 +290,7 @@ ABLATIONS = {  # what each variant changes of the full method
 
 # The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
 SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
-PRETRAINED = Path(data.TABLE["shapes"].weights)
+PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
 PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
 
 # Several values of these are no search: each is tested. The values are the defaults.

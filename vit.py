@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class InputError(ValueError):
+    """What its user can mend: a file or an option, in one sentence."""
+
+
 class Attention(nn.Module):
     """Multi-head attention in two steps, so that a caller can combine q, k, v of different sources."""
 
