@@ -1,5 +1,6 @@
 """The data sets: a table with a row for each, the loaders that serve the rows, the way from an image to a batch."""
 
+import hashlib
 import json
 import math
 import tempfile
@@ -31,6 +32,11 @@ class Splits(NamedTuple):
     test: list
     classes: list  # names; a label is an index into it
     origin: str  # who made the split, in words
+
+    def describe(self):
+        """The sizes, in words."""
+        train, val, test = (len(samples) for samples in self[:3])
+        return f"{train} training, {val} validation, {test} test images of {len(self.classes)} classes ({self.origin})"
 
 
 class DataSet(NamedTuple):
@@ -78,6 +84,15 @@ def load(row, root, search=False):
         if not 0 <= label < len(splits.classes):
             raise DataError(f"{row.name}: {image} has label {label}, outside 0 to {len(splits.classes) - 1}")
     return splits
+
+
+def digest(splits):
+    """SHA-256 of names, labels and file sizes of all samples (of arrays their bytes), to tell data from other data."""
+    digest = hashlib.sha256()
+    for image, label in splits.train + splits.val + splits.test:
+        what = f"{'/'.join(image.parts[-2:])} {image.stat().st_size}" if isinstance(image, Path) else image.tobytes()
+        digest.update(f"{what} {label}\n".encode())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- layouts on disk
@@ -333,6 +348,8 @@ def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
     every `loader.sampler.epoch`, and without the last incomplete batch.
     """
     training, workers = shuffle_seed is not None, workers if samples else 0
+    if training and len(samples) < batch_size:
+        raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: use a smaller --batch-size")
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
     return DataLoader(
         Images(samples, transform(**input, training=training)), batch_size, sampler=sampler, drop_last=training,

@@ -276,11 +276,15 @@ class AdapterTuning(ViTClassifier):
 METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=linear_probe, full=ViTClassifier)
 
 
+def options(method):
+    """The names of a method's options."""
+    return set(inspect.signature(METHODS[method]).parameters) - {"vit", "num_classes"}
+
+
 def build(vit, num_classes, settings):
     """The method named settings["method"] on a backbone, with those of the settings that are its options."""
-    method = METHODS[settings["method"]]
-    options = {name: settings[name] for name in inspect.signature(method).parameters if name in settings}
-    return method(vit, num_classes, **options)
+    method = settings["method"]
+    return METHODS[method](vit, num_classes, **{name: settings[name] for name in options(method) if name in settings})
 
 
 # ---------------------------------------------------------------------- looking inside

@@ -1,37 +1,36 @@
-"""Tunes a pre-trained ViT on a data set: `python train.py --data cub --gpu 0`, or `--help` for all settings.
+"""Tunes a pre-trained ViT on a data set: `python train.py --data cub --gpu 0`; `--help` lists the settings.
 
-A run reads its data, puts a method on a frozen backbone, trains it for some epochs, keeps the epoch of
-highest validation accuracy (without validation data, as in VTAB-1k, the last), and evaluates it once on the
-test data. Its folder holds metrics.csv (a row per epoch), best.pt (the kept epoch), last.pt (the last whole
-epoch, from which the same command goes on after an interruption) and result.json.
+A run reads its data, puts a method on a frozen backbone, trains it, keeps the epoch of highest validation accuracy
+(for VTAB-1k the last epoch) and evaluates that epoch once on the test data. Its folder holds metrics.csv (one row per
+epoch), best.pt (the kept epoch), last.pt (the last completed epoch, to resume from) and result.json.
 
-Any setting may be given several values. A training command is a list of runs; several end with a table.
+Any setting may be given several values: several data sets, methods or seeds are several runs, several values of
+anything else are a search. Several runs end with a table.
 """
 
 import argparse
 import csv
-import inspect
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
 import traceback
-from contextlib import contextmanager
-from datetime import timedelta
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.functional import to_pil_image, to_tensor
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -39,20 +38,19 @@ import data
 import sa2vp
 import vit
 
-# Settings that are the same for all data sets and methods.
-RECIPE = dict(
-    seed=42, weight_decay=1e-4, heads=None, normalize=None,
-    tune=False,  # VTAB-1k alone: train800 and val200, without test
+# Every setting of a run. A data set's row in data.py overrides these, and the command line overrides both.
+DEFAULTS = dict(
+    data="shapes", method="sa2vp",
+    weights="imagenet21k", image_size=224, heads=None, normalize=None,  # None: as the weights file says
+    epochs=100, warmup_epochs=None, batch_size=64, lr=None, weight_decay=1e-4,  # None: epochs / 10; LEARNING_RATE
+    inner_dim=16, scale=0.1, dropout=0.1,  # r, s
+    window=3, prompt_grid=None, distill_layers=None, fusion_layers=None,  # N(t), (h', w'), D, F: see sa2vp.SA2VP
+    prompts=50,  # of vpt
+    seed=42,
+    search=False,  # VTAB-1k alone: trained on 800 of its 1,000 images, validated on the other 200, not tested
 )  # fmt: skip
-# Peak learning rates of AdamW: sa2vp's is the paper's; vpt's and linear's were searched on validation data;
-# adapter's is sa2vp's and full's a customary one. A data set may have its own.
+# Peak learning rates of AdamW: sa2vp's is the paper's, vpt's and linear's were searched on validation data.
 LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "adapter": 1e-3, "linear": 1e-2, "full": 1e-4}
-
-# torchrun's processes: which one this is, how many there are, and the same on this machine.
-RANK, WORLD = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-LOCAL_RANK, LOCAL_WORLD = int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("LOCAL_WORLD_SIZE", 1))
-
-BAD_INPUT = (ValueError, OSError, torch.OutOfMemoryError)  # ends in one sentence and exit code 2
 
 
 class Machine(NamedTuple):
@@ -60,110 +58,119 @@ class Machine(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype  # of matrix products
-    workers: int  # processes that load pictures
-    compile: bool
-    root: Path  # where data sets are kept
+    workers: int  # processes that load images
+    compile: bool  # run the model through torch.compile
+    root: Path  # the folder of the data sets
 
 
 # ---------------------------------------------------------------------- the loop
 
 
-def fit(settings, out, machine, state, test=True):
-    """Trains by `settings`, going on from `state` (what out/last.pt holds, if anything); returns the result, a dict.
+def fit(settings, out, machine, test=True):
+    """Trains one run and returns its result, a dict. If out/last.pt is there, the run resumes from it.
 
-    Everything random in an epoch follows from (seed, epoch), so that a run that was interrupted ends with the
-    numbers of one that was not, if it has the same number of workers and processes. Without `test` it is not tested.
+    With test=False the test images are not read.
     """
-    splits, backbone = read_inputs(settings, machine)
-    model, meta = build_model(settings, backbone, splits.classes, machine)
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    splits, model, meta = prepare(settings, machine)
     optimizer = make_optimizer(model, settings["weight_decay"])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    history = restore(state, meta, model, optimizer, scaler)  # a dict for each epoch
-    network = wrap(model, machine)
-    loader = partial(make_loader, meta=meta, machine=machine)
-    log(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
-        f"{machine.device} in {text(machine.dtype)}, to {out}")  # fmt: skip
+    history = resume(out, meta, model, optimizer, scaler)  # one dict per completed epoch
+    print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
+          f"{machine.device} in {machine.dtype}, to {out}")  # fmt: skip
+
+    # The loaders are made once, because starting their workers takes seconds.
+    loader = partial(data.make_loader, input=meta["input"], batch_size=settings["batch_size"], workers=machine.workers)
+    train_batches, val_batches = loader(splits.train, shuffle_seed=settings["seed"]), loader(splits.val)
 
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
-        torch.manual_seed(seed_from(settings["seed"], epoch, RANK))  # of dropout, crops and flips
-        batches = loader(splits.train, shuffle_seed=seed_from(settings["seed"], epoch))
-        loss, lr, speed = train_epoch(network, batches, optimizer, scaler, settings, epoch, machine)
-        accuracy, prompt_accuracy = evaluate(network, loader(splits.val), machine)
-        history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy, val_prompt_accuracy=prompt_accuracy,
-                            images_per_second=speed, seconds=time.perf_counter() - start))  # fmt: skip
-        log(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
-            f"validation {percent(accuracy, prompt_accuracy)}")  # fmt: skip
+        # Each epoch is seeded by (seed, epoch), so a resumed run gives the numbers of an uninterrupted one.
+        torch.manual_seed(10_007 * settings["seed"] + epoch)  # dropout
+        train_batches.sampler.epoch = epoch  # order, crops and flips
+        loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
+        accuracy, prompt_accuracy = evaluate(model, val_batches, machine)
+        history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy,
+                            val_prompt_accuracy=prompt_accuracy, seconds=time.perf_counter() - start))  # fmt: skip
+        print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {percent(accuracy, prompt_accuracy)}  "
+              f"{history[-1]['seconds']:.1f} s")  # fmt: skip
+
+        # The epoch of highest validation accuracy is kept, of equals the later; for VTAB-1k always the last.
         checkpoint = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
-        # The first epoch of highest validation accuracy is kept; without validation, the last.
-        if accuracy is None or all(accuracy > earlier["val_accuracy"] for earlier in history[:-1]):
+        last_is_kept = accuracy is None or data.find(settings["data"]).vtab
+        if last_is_kept or all(accuracy >= earlier["val_accuracy"] for earlier in history):
             save(out / "best.pt", checkpoint)
         save(out / "metrics.csv", history)
         save(out / "last.pt", checkpoint | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
 
-    # The test data is used only here, once, with the epoch that was kept.
+    # The test images are read only here, once, with the kept epoch.
     kept = sa2vp.read_checkpoint(out / "best.pt")
-    best = kept["history"][-1]
     sa2vp.load_trained(model, kept["trained"])
-    accuracy, prompt_accuracy = evaluate(network, loader(splits.test if test else []), machine)
-    result = dict(
-        method=settings["method"], data=data.find(settings["data"]).name, seed=settings["seed"],
-        accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"], best_epoch=best["epoch"],
-        trainable=sa2vp.count_trained(model), seconds=sum(epoch["seconds"] for epoch in history),
-        images_per_second=statistics.median(epoch["images_per_second"] for epoch in history),
-    )  # fmt: skip
+    accuracy, prompt_accuracy = evaluate(model, loader(splits.test), machine) if test else (None, None)
+    best = kept["history"][-1]
+    result = dict(accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"],
+                  best_epoch=best["epoch"], trainable=sa2vp.count_trained(model),
+                  seconds=sum(epoch["seconds"] for epoch in history), settings=settings)  # fmt: skip
+    if machine.device.type == "cuda":
+        result["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
     save(out / "result.json", result)
     return result
 
 
 def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
-    """One pass over the training data: (mean loss, last learning rate, images per second)."""
+    """One pass over the training data: (mean loss, last learning rate)."""
     model.train()
     warmup_steps, total_steps = settings["warmup_epochs"] * len(batches), settings["epochs"] * len(batches)
-    total, start = torch.zeros((), device=machine.device), time.perf_counter()
-    bar = progress(batches, f"epoch {epoch + 1}/{settings['epochs']}")
+    total = torch.zeros((), device=machine.device)  # stays on the device, so that no step waits for a transfer
+    bar = tqdm(batches, f"epoch {epoch + 1}/{settings['epochs']}", leave=False, disable=None)
     for step, (images, labels) in enumerate(bar, start=epoch * len(batches)):
         lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, labels = (tensor.to(machine.device, non_blocking=True) for tensor in (images, labels))
+        images = images.to(machine.device, non_blocking=True)
+        labels = labels.to(machine.device, non_blocking=True)
         optimizer.zero_grad()
         with autocast(machine):
             loss = sa2vp.two_pathway_loss(model(images), labels)
+        # In float16 small gradients would vanish: the scaler multiplies the loss, and divides the gradients again.
+        # In other dtypes it does nothing.
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         total += loss.detach()
-    loss = summed(total).item() / len(batches) / WORLD
+    loss = total.item() / len(batches)
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
-    return loss, lr, len(batches) * settings["batch_size"] / (time.perf_counter() - start)
+        raise vit.InputError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
+    return loss, lr
 
 
 @torch.inference_mode()
 def evaluate(model, batches, machine):
-    """Accuracy in percent of each pathway, (base, prompt); None for one that does not exist, or without pictures."""
+    """Accuracy in percent of each pathway, (base, prompt); None for a missing pathway or without images."""
     model.eval()
-    totals, logits = torch.zeros(3, device=machine.device), ()  # correct by base, correct by prompt, pictures
+    correct, count = 0, 0
     for images, labels in batches:
-        images, labels = (tensor.to(machine.device, non_blocking=True) for tensor in (images, labels))
+        images = images.to(machine.device, non_blocking=True)
+        labels = labels.to(machine.device, non_blocking=True)
         with autocast(machine):
-            logits = model(images)
-        for pathway, scores in enumerate(logits):
-            totals[pathway] += (scores.argmax(dim=1) == labels).sum()
-        totals[2] += len(labels)
-    base, prompt, count = summed(totals).tolist()
-    return 100 * base / count if count else None, 100 * prompt / count if len(logits) == 2 else None
+            logits = torch.stack(model(images))  # (pathways, batch, classes)
+        correct += (logits.argmax(dim=2) == labels).sum(dim=1)  # (pathways,)
+        count += len(labels)
+    if count == 0:
+        return None, None
+    base, *prompt = (100 * number / count for number in correct.tolist())
+    return base, prompt[0] if prompt else None
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW; weight decay on all that has more than one dimension (matrices, prompt maps, gates), not on the rest."""
+    """AdamW, betas (0.9, 0.999); weight decay on matrices, prompt maps and gates, not on biases and norms."""
     trained = sa2vp.trained_parameters(model).values()
     groups = [
         {"params": [p for p in trained if p.ndim > 1]},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay)  # its defaults: betas (0.9, 0.999), eps 1e-8
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
@@ -179,99 +186,86 @@ def autocast(machine):
     return torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 
 
-def seed_from(*numbers):
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 # ---------------------------------------------------------------------- what a run starts from
 
 
 def complete_settings(given):
-    """All settings of a run: those that were given, else the data set's own, else the method's, else the recipe's."""
+    """All settings of a run: DEFAULTS, overridden by the data set's row, overridden by what was given.
+
+    Options of other methods than the run's are left out.
+    """
     row, method = data.find(given["data"]), given["method"]
-    settings = RECIPE | {name: getattr(row, name) for name in ("weights", "image_size", "batch_size", "epochs")}
-    for option in inspect.signature(sa2vp.METHODS[method]).parameters.values():
-        if option.default is not option.empty:
-            settings[option.name] = getattr(row, option.name, option.default)
-    settings |= {"lr": (LEARNING_RATE | row.lr)[method]} | given
-    settings.setdefault("warmup_epochs", round(settings["epochs"] / 10))  # the recipe's 10 of 100
+    settings = DEFAULTS | row.settings | given
+    if settings["lr"] is None:
+        settings["lr"] = (LEARNING_RATE | row.lr)[method]
+    if settings["warmup_epochs"] is None:
+        settings["warmup_epochs"] = round(settings["epochs"] / 10)
     for name, known in (("data", data.TABLE), ("weights", vit.BACKBONES)):
-        if settings[name] not in (None, *known):  # a path
-            settings[name] = str(Path(settings[name]).resolve())
+        if settings[name] not in (None, *known):  # a path: the same from every working directory
+            settings[name] = os.path.abspath(os.path.expanduser(settings[name]))
+    others = set().union(*map(sa2vp.options, sa2vp.METHODS)) - sa2vp.options(method)
+    return {name: value for name, value in settings.items() if name not in others}
+
+
+def prepare(settings, machine):
+    """The data, the method on its backbone, and `meta`, stored in the run's checkpoints besides the weights."""
     if settings["epochs"] <= settings["warmup_epochs"]:
-        raise ValueError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
-    return settings
+        raise vit.InputError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
+    row, size, weights = data.find(settings["data"]), settings["image_size"], settings["weights"]
+    torch.manual_seed(settings["seed"])  # the small ViT is initialised at random
+    if weights:
+        backbone = vit.load_vit(weights, size, settings["heads"], settings["normalize"])
+    else:
+        backbone = vit.VisionTransformer(size, **SMALL_VIT)
+    splits = data.load(row, machine.root, settings["search"])
+    print(f"{row.name}: {splits.describe()}\n{weights or 'from scratch'}: {backbone.describe()}")
+    print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
 
-
-def read_inputs(settings, machine):
-    """The pictures and the backbone of a run. The first process of each machine downloads what is not there."""
-    row, batch_size, weights = data.find(settings["data"]), settings["batch_size"], settings["weights"]
-    torch.manual_seed(settings["seed"])  # of the small ViT, which is not read but drawn
-
-    with first_on_each_machine():
-        if weights:
-            backbone = vit.load_vit(weights, settings["image_size"], settings["heads"], settings["normalize"])
-        else:
-            backbone = vit.VisionTransformer(settings["image_size"], **SMALL_VIT)
-        splits = data.load(row, machine.root, settings["tune"])
-    if not (row.vtab or splits.val and splits.test):
-        raise ValueError(f"{row.name} has no {'validation' if splits.test else 'test'} pictures")
-    if len(splits.train) < batch_size or batch_size % WORLD:
-        raise ValueError(f"{len(splits.train)} training pictures and {WORLD} processes make no batches of {batch_size}: "
-                         f"try another --batch-size")  # fmt: skip
-    log(f"{row.name}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test pictures "
-        f"of {len(splits.classes)} classes ({splits.origin})")  # fmt: skip
-    guessed = not settings["heads"] and Path(weights or "").suffix not in ("", ".npz")
-    log(f"{weights or 'from scratch'}: width {backbone.dim}, {len(backbone.blocks)} layers, "
-        f"{backbone.blocks[0].attn.heads} heads{' (taken as width / 64)' if guessed else ''}, patch "
-        f"{backbone.patch_size[0]}, image {backbone.image_size[0]}, normalization {backbone.normalize}")  # fmt: skip
-    return splits, backbone
-
-
-def build_model(settings, backbone, classes, machine):
-    """The method on its backbone, drawn by the run's seed, and `meta`: what its checkpoints say beside the weights."""
-    torch.manual_seed(settings["seed"])
-    size, (mean, std) = backbone.image_size, vit.NORMALIZE[backbone.normalize]
+    mean, std = vit.NORMALIZE[backbone.normalize]
     meta = {
         "settings": settings,
-        "classes": list(classes),
-        "backbone": {"image_size": size, "heads": backbone.blocks[0].attn.heads, "normalize": backbone.normalize},
+        "classes": list(splits.classes),
+        "backbone": {"image_size": backbone.image_size, "heads": backbone.blocks[0].attn.heads,
+                     "normalize": backbone.normalize},
         "fingerprint": vit.fingerprint(backbone),
-        "input": {"crop": data.find(settings["data"]).crop, "image_size": size, "mean": mean, "std": std},
-        "root": str(machine.root.resolve()),
-    }
-    return sa2vp.build(backbone, len(classes), settings).to(machine.device), meta
+        "digest": data.digest(splits),
+        "input": {"crop": row.crop, "image_size": backbone.image_size, "mean": mean, "std": std},
+        "root": os.path.abspath(machine.root),
+    }  # fmt: skip
+    torch.manual_seed(settings["seed"])
+    model = sa2vp.build(backbone, len(splits.classes), settings).to(machine.device)
+    for module in model.modules():
+        # Otherwise autocast casts the frozen weights anew at every use, and keeps the copies until backward.
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+            module.to(machine.dtype)
+    if machine.compile:
+        torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
+        model.compile(dynamic=False)
+    return splits, model, meta
 
 
-def restore(state, meta, model, optimizer, scaler):
-    """Puts the last whole epoch's state, if any, into model, optimizer and scaler; returns the history of the epochs."""
-    if not state:
+def resume(out, meta, model, optimizer, scaler):
+    """Loads the last completed epoch, if there is one. Returns the history, a dict for each completed epoch."""
+    if not (out / "last.pt").exists():
         return []
-    if (state["fingerprint"], state["classes"]) != (meta["fingerprint"], meta["classes"]):
-        raise ValueError("the run was begun on another backbone or on other classes: give another --out")
+    state = sa2vp.read_checkpoint(out / "last.pt")
+    refuse_other_settings(out, state["settings"], meta["settings"])
+    for name, what in (("fingerprint", "another backbone"), ("digest", "other images or classes")):
+        if state[name] != meta[name]:
+            raise vit.InputError(f"{out} was begun with {what}: delete it to train anew, or give another --out")
     sa2vp.load_trained(model, state["trained"])
     optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:  # empty where the run was begun without one
+    if state["scaler"]:  # empty if the run was begun in another dtype than float16
         scaler.load_state_dict(state["scaler"])
+    print(f"resuming after epoch {len(state['history'])}")
     return state["history"]
 
 
-def wrap(model, machine):
-    """The model, compiled or shared by processes if need be, with the same parameters."""
-    if machine.compile:
-        torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
-        model = torch.compile(model, dynamic=False)
-    if WORLD > 1:
-        model = DistributedDataParallel(model)  # averages the gradients
-        model.broadcast_buffers = False  # the masks never change; and evaluation then needs no other process
-    return model
-
-
-def make_loader(samples, meta, machine, shuffle_seed=None):
-    """The samples as the model takes them, in batches; shuffled and augmented if there is a `shuffle_seed`."""
-    batch_size, pin_memory = max(meta["settings"]["batch_size"], WORLD), machine.device.type == "cuda"
-    return data.make_loader(samples, meta["input"], batch_size, machine.workers, pin_memory, shuffle_seed, RANK, WORLD)
+def refuse_other_settings(out, then, now):
+    """InputError if the run in `out` has other settings, as it can where its name shows only a part of a path."""
+    for name, value in json.loads(json.dumps(now)).items():  # result.json has lists for tuples
+        if json.loads(json.dumps(then.get(name))) != value:
+            raise vit.InputError(f"{out} holds a run with {name} {then.get(name)}, not {value}: give another --out")
 
 
 # ---------------------------------------------------------------------- several runs
@@ -288,131 +282,131 @@ ABLATIONS = {  # what each variant changes of the full method
     "half-size-map": {"prompt_grid": "half"},
 }
 
-# The backbone of the drawn pictures: small, pre-trained here on what shape and colour a thing has.
+# The backbone of the generated images: small, pre-trained here to tell the shape and colour of a thing.
 SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
 PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
 PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
 
-# Several values of these are no search: each is tested. The values are the defaults.
-REPEATED = {"data": ["shapes"], "method": ["sa2vp"], "seed": [RECIPE["seed"]]}
+# What a user can mend. Anything else keeps its traceback.
+USER_ERRORS = (vit.InputError, data.DataError, torch.OutOfMemoryError)
 
 
-def train(flags, machine):
-    """Every run that was asked for, one after another; several end with a table. Returns whether one could not run.
+def train(given, ablate, out, machine):
+    """Every run that was asked for, one after another; several end with a table. Returns the exit code.
 
-    If a setting other than data, method and seed has several values, a search comes first: each combination
-    is trained with the first seed, without test data. Only the one of highest validation accuracy is then
-    trained with every seed and tested.
+    `given` is {setting: values}. Each data set is run with each method (with `ablate`: each variant) and each seed,
+    and tested. Several values of any other setting are a search: each combination is trained with the first seed and
+    not tested. The one of highest validation accuracy is then trained with every seed and tested.
     """
-    given = {name: flags[name] for name in SETTINGS if name in flags}
-    ablate = "ablate" in flags
-    kind = "variant" if ablate else "method"
+    if (out / "last.pt").exists():
+        raise vit.InputError(f"{out} is the folder of one run: --out is the folder that holds those of all runs")
+    given = {name: [DEFAULTS[name]] for name in ("data", "method", "seed")} | given
+    varied = [name for name in given if len(given[name]) > 1 and name not in ("data", "method", "seed")]
     combinations = list_combinations(given, ablate)
-    seeds = (REPEATED | given)["seed"]
-    varied = [name for name in given if len(given[name]) > 1]
-    several = varied or len(combinations) > 1
-    out = flags.get("out", Path("runs", run_name(given, "ablation" if ablate else None)))
-    rows, scores, failures = [], {}, []
+    total = sum(len(given["seed"]) + (len(choices) if len(choices) > 1 else 0) for choices in combinations.values())
+    kind = "variant" if ablate else "method"
+    rows, scores, results = [], {}, []
 
-    def attempt(variant, settings, test=True):
-        """The result of one of the runs; {} if it could not run."""
-        own = {name: [settings[name]] for name in ("data", *varied) if name in settings}
-        folder = out / (run_name(own, variant) + "-tune" * settings["tune"]) if several else out
-        try:
-            return run(settings, folder, machine, test)
-        except BAD_INPUT as error:
-            if WORLD > 1:  # the others would still be in there
-                raise
-            failures.append(folder)
-            print(f"train.py: {folder} could not run: {one_line(error)}", file=sys.stderr)
-            return {}
+    def start(settings, test=True):
+        if total > 1:
+            print(f"\nrun {len(results) + 1} of {total}")
+        results.append(run(settings, out, machine, test))
+        return results[-1]
 
-    for (member, variant), choices in combinations.items():
-        row, best, searched, tested = data.find(member), choices[0], [], []
+    for (name, variant), choices in combinations.items():
+        best, searched, tested = choices[0], [], []
         if len(choices) > 1:
-            searched = [attempt(variant, settings | {"tune": row.vtab}, test=False) for settings in choices]
+            # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000.
+            searched = [start(settings | {"search": data.find(name).vtab}, test=False) for settings in choices]
             best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
-        if any(searched) or not searched:
-            # The chosen run of the first seed is there and is only tested; VTAB-1k's is trained anew, on val200 too.
-            tested = [attempt(variant, best | {"seed": seed}) for seed in seeds]
-        scores[member, variant] = [result.get("accuracy") for result in tested]
-        for settings, results in zip(choices, [[result] for result in searched] if searched else [tested]):
-            found = {"data": row.name, kind: variant, "trainable": results[0].get("trainable")}
-            found["val_accuracy"] = mean(result.get("val_accuracy") for result in results)
-            if settings is best:
-                found |= mean_and_std(scores[member, variant])
-            rows.append({name: text(value) for name, value in settings.items()} | found)
-    rows += group_rows(scores, kind)
-    columns = ["data", kind, *(name for name in varied if name not in REPEATED)]
-    columns += ["val_accuracy", "accuracy", "std", "published", "trainable"]
-    rows = [{column: row.get(column) for column in columns} for row in rows]
-    if several:
-        save(out / "results.csv", rows)
+            at_the_end = best["lr"] == given.get("lr", [None])[-1]
+            print("\nchosen:", ", ".join(f"{name} {text(best[name])}" for name in varied if name in best),
+                  "(the last rate tried: try beyond it)" if at_the_end else "")  # fmt: skip
+        if not searched or any("val_accuracy" in result for result in searched):
+            tested = [start(best | {"seed": seed}) for seed in given["seed"]]
+        scores[name, variant] = [result.get("accuracy") for result in tested]
+        for settings, found in zip(choices, [[result] for result in searched] or [tested]):
+            row = {setting: text(value) for setting, value in settings.items()}
+            row |= {"data": data.find(name).name, kind: variant, "trainable": found[0].get("trainable"),
+                    "val_accuracy": mean(result.get("val_accuracy") for result in found)}  # fmt: skip
+            rows.append(row | (mean_and_std(scores[name, variant]) if settings is best else {}))
+    if total > 1:
+        columns = ["data", kind, *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
+        rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores, kind)]
+        save(out / f"{file_name(given | ({'method': ['ablation']} if ablate else {}))}.csv", rows)
         print_table(rows)
-    return bool(failures)
+    return min((result["exit_code"] for result in results if "exit_code" in result), default=0)
 
 
 def list_combinations(given, ablate=False):
-    """{setting: values} -> {(data set, variant): [the settings of each combination, with the first seed]}.
+    """{setting: values} -> {(data set, variant): settings of each combination, with the first seed}.
 
-    Data sets, methods and seeds are repetitions; whatever else has several values makes combinations. A
-    setting is for the methods that have it.
+    A setting is only for the methods that have it. InputError if none of them does.
     """
-    values = REPEATED | given
-    variants = ABLATIONS if ablate else {method: {"method": method} for method in values["method"]}
-    combinations, used = {}, set(REPEATED)
-    for member, (variant, change) in itertools.product(data.members(values["data"]), variants.items()):
-        fixed = {"data": member, "method": "sa2vp", "seed": values["seed"][0]} | change
-        options = complete_settings(fixed).keys() - REPEATED
-        own = [name for name in given if name in options]
-        used |= set(own)
-        choices = itertools.product(*(given[name] for name in own))
-        combinations[member, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in choices]
-    if unused := given.keys() - used:
-        raise ValueError(f"{flag(min(unused))} is no setting of {' or '.join(variants)}")
+    variants = ABLATIONS if ablate else {method: {"method": method} for method in given["method"]}
+    combinations, unused = {}, set(given) - {"data", "method", "seed"}
+    for name, (variant, change) in itertools.product(data.members(given["data"]), variants.items()):
+        fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
+        own = [setting for setting in given if setting in complete_settings(fixed) and setting not in fixed]
+        unused -= set(own)
+        values = itertools.product(*(given[setting] for setting in own))
+        combinations[name, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in values]
+    if unused:
+        raise vit.InputError(f"{', '.join(unused)} is not a setting of {' or '.join(variants)}")
     return combinations
 
 
 def run(settings, out, machine, test=True):
-    """One run, in its folder. An interrupted one is resumed; a finished one is kept, and its result returned again.
+    """The result of one run, in its own folder below `out`. A finished run is kept, an interrupted one is resumed.
 
-    Raises ValueError if the folder holds a run of other settings.
+    A run that fails is reported and does not end the others: {"exit_code": 2} for what a user can mend, 1 for a bug.
     """
-    state, file = {}, out / "result.json"
-    if (out / "last.pt").exists():
-        state = sa2vp.read_checkpoint(out / "last.pt")
-        for name, now in settings.items():
-            then = state["settings"].get(name)
-            if then != now:
-                raise ValueError(f"{out} holds a run with {name} {text(then)}, not {text(now)}: give another --out")
-    else:
-        file.unlink(missing_ok=True)  # of a run whose last.pt was taken away
-    result = json.loads(file.read_text()) if file.exists() else {}
-    if not result or test and result["accuracy"] is None:
-        if settings["weights"] == str(PRETRAINED.resolve()) and not PRETRAINED.with_name("result.json").exists():
-            log(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
-            run(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
-            log()
-        result = fit(settings, out, machine, state, test)
-    log(f"test {percent(result['accuracy'], result['prompt_accuracy'])}, validation "
-        f"{percent(result['val_accuracy'], None)} with epoch {result['best_epoch']}, "
-        f"trained for {result['seconds']:.0f} s")  # fmt: skip
+    folder = out / run_name(settings)
+    try:
+        result = read_result(folder / "result.json", settings)
+        if result and (result["accuracy"] is not None or not test):
+            print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
+        else:
+            pretrained = PRETRAINED.with_name("result.json").exists()
+            if settings["weights"] == os.path.abspath(PRETRAINED) and not pretrained:
+                print(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
+                fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
+                print()
+            result = fit(settings, folder, machine, test)
+    except USER_ERRORS as error:
+        print(f"train.py: {folder} could not run: {sentence(error)}", file=sys.stderr)
+        return {"exit_code": 2}
+    except Exception:
+        traceback.print_exc()
+        return {"exit_code": 1}
+    print(f"test {percent(result['accuracy'], result['prompt_accuracy'])}, validation "
+          f"{percent(result['val_accuracy'])} in epoch {result['best_epoch']}, "
+          f"trained for {result['seconds']:.0f} s")  # fmt: skip
+    return result
+
+
+def read_result(path, settings):
+    """The content of a run's result.json, a dict; empty if there is no such file. InputError if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        then = result["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise vit.InputError(f"{path} is damaged: delete it, and the run is tested again") from None
+    refuse_other_settings(path.parent, then, settings)
     return result
 
 
 def group_rows(scores, kind):
-    """Rows for the means of whole groups; `scores` is {(data set, variant): accuracies, one for each seed}.
-
-    A group has a mean only if every member has every seed.
-    """
+    """Rows for the means of whole groups; `scores` is {(data set, variant): accuracies, one for each seed}."""
     rows, scores = [], dict(scores)
     variants = dict.fromkeys(variant for _, variant in scores)
     for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
         members = [scores[part, variant] for part in parts if (part, variant) in scores]
         if len(members) == len(parts):
             scores[group, variant] = [mean(accuracies) for accuracies in zip(*members)]
-            published = data.PUBLISHED.get(variant, {}).get(group)
-            rows.append({"data": group, kind: variant, "published": published} | mean_and_std(scores[group, variant]))
+            rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
     return rows
 
 
@@ -426,310 +420,156 @@ def mean_and_std(accuracies):
     """Mean and standard deviation over the seeds, for a row of a table."""
     accuracy = mean(accuracies)
     several = accuracy is not None and len(accuracies) > 1
-    return {"accuracy": accuracy, "std": statistics.stdev(accuracies) if several else None}
+    return {"accuracy": accuracy, "std": statistics.stdev(accuracies) if several else None, "seeds": len(accuracies)}
 
 
-def run_name(given, variant=None):
-    """A folder's name: data set, method (or variant) and whatever else was given, such as cub-sa2vp-lr0.005."""
-    values = REPEATED | given
-    names = [name if name in data.GROUPS else data.find(name).name for name in values["data"]]
-    parts = ["+".join(names), variant or "+".join(values["method"])]
-    parts += [name + "+".join(map(text, given[name])) for name in given if name not in ("data", "method")]
-    return "-".join(parts).replace("/", "-")
+def run_name(settings):
+    """The name of a run's folder: data set, method and the settings that differ from their defaults for these."""
+    different = {}
+    for name, value in settings.items():
+        others = {other: settings[other] for other in settings if other != name}
+        if name in ("data", "method") or complete_settings(others)[name] != value:
+            different[name] = [value]
+    return file_name(different)
+
+
+def file_name(values):
+    """A file's name from {setting: values}, such as cub-sa2vp-lr0.005 or cub+dogs-vpt-seed0+1.
+
+    A path stands by its last two parts. A name of more than 100 characters is cut, and ends in a hash of all of it.
+    """
+    parts = []
+    for name, several in values.items():
+        words = [str(Path(*Path(value).parts[-2:])) if isinstance(value, str) else text(value) for value in several]
+        parts.append(("" if name in ("data", "method") else name) + "+".join(words))
+    name = re.sub(r"[/\\:]+", "-", "-".join(parts)).strip("-")
+    return name if len(name) <= 100 else f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 # ---------------------------------------------------------------------- with a tuned model
 
 
-def evaluate_again(flags, machine):
-    """--eval: prints the test accuracy of a checkpoint. With --show, draws what it looks at."""
-    model, meta = sa2vp.load(flags["eval"], flags.get("weights"))
-    row = data.find(flags.get("data", meta["settings"]["data"]))
-    splits = data.load(row, flags.get("root", meta["root"]))
-    if splits.classes != meta["classes"] or not splits.test:
-        raise ValueError(f"{row.name} has no test pictures of the classes that {flags['eval']} knows")
-    model.to(machine.device)
-    log(f"test {percent(*evaluate(model, make_loader(splits.test, meta, machine), machine))}")
-    if "show" in flags:
-        show(flags["eval"], model, meta, splits.test, flags["show"])
-
-
-def predict(flags, machine):
-    """--predict: prints the five likeliest classes of each picture. With --show, draws what the model looks at.
-
-    Returns whether a picture could not be read.
-    """
-    path, *pictures = flags["predict"]
-    if not pictures:
-        raise ValueError("--predict takes a checkpoint and then pictures or folders of them")
-    model, meta = sa2vp.load(path, flags.get("weights"))
-    model.to(machine.device)
-    samples, failed, transform = [], False, data.transform(**meta["input"])
-    for picture in data.find_pictures(pictures):
-        try:
-            image = transform(data.open_picture(picture)).to(machine.device)
-        except ValueError as error:
-            failed = True
-            print(f"train.py: {one_line(error)}", file=sys.stderr)
-            continue
+def predict(samples, model, meta, machine):
+    """--predict: prints the five most likely classes of each image."""
+    transform = data.transform(**meta["input"])
+    for image, _ in samples:
+        pixels = transform(data.open_picture(image)).to(machine.device)
         with torch.inference_mode(), autocast(machine):
-            probabilities = model(image[None])[0][0].float().softmax(dim=0)
-        log(picture)
+            probabilities = model(pixels[None])[0][0].softmax(dim=0)
+        print(image)
         for label in probabilities.argsort(descending=True)[:5].tolist():
-            log(f"  {probabilities[label]:7.2%}  {meta['classes'][label]}")
-        samples.append((picture, None))
-    if "show" in flags and samples:
-        show(path, model, meta, samples, flags["show"])
-    return failed
+            print(f"  {probabilities[label]:7.2%}  {meta['classes'][label]}")
 
 
-TILE, CAPTION = 200, 44  # pixels
+TILE, TITLE = 200, 24  # pixels
 
 
 @torch.inference_mode()
-def show(path, model, meta, samples, count):
-    """--show: writes show.png beside the checkpoint, with a row for each of up to `count` samples, evenly spaced.
+def show(path, samples, model, meta, machine):
+    """--show: writes a grid with a row for each sample, and prints file, predicted and true class of each.
 
-    A sample is (picture, label or None). Attention and change are orange over the picture, the brighter the more;
-    attentions are on one scale.
+    The columns: the image; what the class token attends to, in the encoder alone and in the whole model; how much the
+    prompts change each image token. Orange is brighter for more, up to the maximum of the column.
     """
-    count = min(count, len(samples))
-    samples = [samples[i * len(samples) // count] for i in range(count)]
     transform = data.transform(**meta["input"])
-    images = torch.stack([transform(data.open_picture(picture)) for picture, _ in samples]).to(model.head.weight.device)
-    mean, std = (images.new_tensor(meta["input"][name])[:, None, None] for name in ("mean", "std"))
-    seen = images * std + mean
-    attention = torch.stack([sa2vp.class_attention(network, images) for network in (model.vit, model)])
-    attention = (attention / attention.amax((0, 2, 3), keepdim=True)).sqrt()  # a few patches have most of it
-    columns = {
-        "class token's attention\n(orange), encoder alone": overlay(seen, attention[0]),
-        "class token's attention\n(orange), whole model": overlay(seen, attention[1]),
-    }
+    images = torch.stack([transform(data.open_picture(image)) for image, _ in samples]).to(machine.device)
+    columns = {"attention, encoder alone": sa2vp.class_attention(model.vit, images),
+               "attention, whole model": sa2vp.class_attention(model, images)}  # fmt: skip
     if isinstance(model, sa2vp.SA2VP):
-        strength = sa2vp.prompting_strength(model, images)
-        strength = strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-12)
-        columns["change by the prompts\n(orange)"] = overlay(seen, strength)
-        columns["prompt map, like prompts\nin like colours"] = principal_colours(model).expand(len(images), -1, -1, -1)
+        columns["change by the prompts"] = sa2vp.prompting_strength(model, images)
+    mean, std, orange = (images.new_tensor(values)[:, None, None]
+                         for values in (meta["input"]["mean"], meta["input"]["std"], (1.0, 0.65, 0.1)))  # fmt: skip
+    tiles = [images * std + mean]
+    for values in columns.values():
+        values = (values / values.amax()).sqrt()[:, None]  # a few patches have most of it
+        tiles.append(0.3 * tiles[0] + 0.7 * orange * F.interpolate(values, images.shape[-2:]))
+    tiles = F.interpolate(torch.stack(tiles, dim=1).flatten(0, 1), (TILE, TILE))
 
-    tiles = []
-    for i, guess in enumerate(model(images)[0].argmax(dim=1).tolist()):
-        label = samples[i][1]
-        true = "" if label is None else f"\ntrue: {meta['classes'][label]}"
-        tiles.append(tile(seen[i], f"predicted: {meta['classes'][guess]}{true}"))
-        tiles += [tile(column[i], title) for title, column in columns.items()]
-    save(path.with_name("show.png"), to_pil_image(make_grid(tiles, 1 + len(columns), pad_value=1)))
-    log(f"wrote {path.with_name('show.png')}")
-
-
-def tile(pixels, caption):
-    """A picture (3, height, width), from 0 to 1, below a caption of two lines: (3, CAPTION + TILE, TILE)."""
-    image = Image.new("RGB", (TILE, CAPTION + TILE), "white")
-    image.paste(to_pil_image(pixels).resize((TILE, TILE), Image.Resampling.NEAREST), (0, CAPTION))
-    ImageDraw.Draw(image).text((4, 4), caption, "black", ImageFont.load_default(15))
-    return to_tensor(image)
-
-
-def overlay(pictures, values):
-    """Pictures (batch, 3, height, width) under orange, the brighter the higher the values (batch, h, w), from 0 to 1."""
-    orange = pictures.new_tensor([1.0, 0.65, 0.1])[:, None, None]
-    return 0.3 * pictures + 0.7 * orange * F.interpolate(values[:, None], pictures.shape[-2:])
-
-
-def principal_colours(model):
-    """The first three principal components of the prompt map as red, green and blue, on one scale: (3, h', w')."""
-    tokens = model.prompt_map()[0, 1:]  # (h' w', d)
-    tokens = tokens - tokens.mean(dim=0)
-    components = tokens @ torch.linalg.svd(tokens).Vh[:3].T  # (h' w', 3)
-    components = components - components.amin(dim=0)
-    return (components / components.max().clamp(min=1e-12)).T.unflatten(1, model.prompt_grid)
-
-
-# ---------------------------------------------------------------------- what a step costs
-
-BENCH = {  # row of the table: method and options, dropout 0 if not named; the frozen encoder has a linear head
-    "frozen encoder": {"method": "linear"},
-    "linear probe": {"method": "linear"},
-    "adapter": {"method": "adapter"},
-    "VPT-deep, 50 prompts": {"method": "vpt"},
-    "full fine-tuning": {"method": "full"},
-    "SA2VP": {"method": "sa2vp"},
-    "SA2VP, 7x7 prompt map": {"method": "sa2vp", "prompt_grid": (7, 7)},
-    "SA2VP, dropout 0.1": {"method": "sa2vp", "dropout": 0.1},
-}
-
-
-def bench(flags, machine, rounds=7):
-    """--bench: time per image of training and prediction beside the frozen encoder's; on CUDA, memory for training.
-
-    The rows take turns, so that a noisy machine is noisy for all of them: a row's ratio is the median of
-    its ratios to the encoder's in the same round.
-    """
-    cuda, weights, scaler = machine.device.type == "cuda", flags.get("weights"), torch.amp.GradScaler(enabled=False)
-    batch_size, repeats = flags.get("batch_size", 64 if cuda else 8), 10 if cuda else 1  # a GPU's step is short
-    settings = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-4, "batch_size": batch_size}
-    models, memory, seconds = [], {}, np.empty((2 + rounds, len(BENCH), 2))
-    torch._dynamo.config.recompile_limit = 2 * len(BENCH)  # with --compile: for training and for prediction
-    for name, options in BENCH.items():
-        backbone = vit.load_vit(weights) if weights else vit.VisionTransformer()
-        model = sa2vp.build(backbone, 200, {"dropout": 0.0} | options).to(machine.device)
-        if name == "frozen encoder":
-            backbone.pos_embed.requires_grad_()  # backward reaches the first layer's input
-        models.append((wrap(model, machine), make_optimizer(model, 1e-4)))
-    images = torch.randn(batch_size, 3, *backbone.image_size, device=machine.device)
-    batches = [(images, torch.zeros(batch_size, dtype=torch.long, device=machine.device))] * repeats
-    for times in progress(seconds, "rounds"):
-        for row, (network, optimizer) in enumerate(models):
-            before = torch.cuda.memory_allocated()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            train_epoch(network, batches, optimizer, scaler, settings, 0, machine)
-            trained = time.perf_counter()
-            evaluate(network, batches, machine)
-            times[row] = trained - start, time.perf_counter() - trained
-            memory.setdefault(row, (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None)
-
-    seconds = seconds[2:]  # the first two rounds warm up
-    milliseconds = 1000 * np.median(seconds, axis=0) / batch_size / repeats
-    ratios = np.median(seconds / seconds[:, :1], axis=0)
-    kind = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    log(f"batch {batch_size}, {kind}, {text(machine.dtype)}{', compiled' if machine.compile else ''}, PyTorch "
-        f"{torch.__version__}; medians of {rounds} rounds")  # fmt: skip
-    print_table([
-        {"per image": name, "training ms": milliseconds[row, 0], "ratio": ratios[row, 0],
-         "prediction ms": milliseconds[row, 1], "its ratio": ratios[row, 1], "MiB": memory[row]}
-        for row, name in enumerate(BENCH)
-    ])  # fmt: skip
+    grid = to_pil_image(make_grid(tiles, 1 + len(columns), pad_value=1))
+    page = Image.new("RGB", (grid.width, TITLE + grid.height), "white")
+    page.paste(grid, (0, TITLE))
+    for i, title in enumerate(["image", *columns]):
+        ImageDraw.Draw(page).text((4 + i * (TILE + 2), 4), title, "black", ImageFont.load_default(15))
+    save(path, page)
+    print(f"wrote {path}, whose rows are")
+    for (image, label), guess in zip(samples, model(images)[0].argmax(dim=1).tolist()):
+        true = "" if label is None else f", true {meta['classes'][label]}"
+        print(f"  {image if isinstance(image, Path) else 'a test image'}: predicted {meta['classes'][guess]}{true}")
 
 
 # ---------------------------------------------------------------------- files and what is printed
 
 
 def save(path, content):
-    """Writes a .pt, .png, .json or .csv file atomically: whatever happens, it is there whole or as it was before.
+    """Writes a .pt, .png, .json or .csv file. After a crash or on a full disk it is either complete or unchanged.
 
-    Of several processes the first writes, and the others wait for it.
+    InputError if it cannot be written.
     """
-    if RANK == 0:
+    buffer = io.BytesIO()
+    if path.suffix == ".pt":
+        torch.save(content, buffer)
+    elif path.suffix == ".png":
+        content.save(buffer, "png")
+    elif path.suffix == ".json":
+        buffer.write(json.dumps(content, indent=2).encode())
+    else:
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, content[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(content)
+        buffer.write(lines.getvalue().encode())
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # no other process has this name
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_stem(f"{path.stem}.part")
-        if path.suffix == ".pt":
-            torch.save(content, part)
-        elif path.suffix == ".png":
-            content.save(part)
-        elif path.suffix == ".json":
-            part.write_text(json.dumps(content, indent=2))
-        else:
-            with open(part, "w", newline="") as file:
-                writer = csv.DictWriter(file, content[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(content)
+        part.write_bytes(buffer.getbuffer())
         part.replace(path)
-    if WORLD > 1:
-        dist.barrier()
+    except OSError as error:
+        raise vit.InputError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def print_table(rows):
-    """Prints rows (dicts of the same keys) in columns as wide as they need; "-" where there is nothing."""
-    cells = [list(rows[0])]
+    """Prints rows (dicts of the same keys) in columns; "-" where there is nothing."""
+    lines = [list(rows[0])]
     for row in rows:
-        cells.append(["-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else text(cell)
-                      for cell in row.values()])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    log()
-    for line in cells:
-        log("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        lines.append(["-" if value is None else f"{value:.2f}" if isinstance(value, float) else text(value)
+                      for value in row.values()])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print()
+    for line in lines:
+        print("  ".join(map(str.ljust, line, widths)))
 
 
-def print_known(flags, machine):
-    """--list: the data sets with SA2VP's settings for them, and the backbones."""
-    columns = ("name", "classes", "crop", "inner_dim", "scale", "batch_size", "fusion_layers", "source")
-    print_table([{column: getattr(row, column) for column in columns} for row in data.ROWS])
-    print_table([{"weights": name, "normalize": known[-1], "source": known[0]} for name, known in vit.BACKBONES.items()])
+def print_known():
+    """--list: the data sets and the backbones that are known by name."""
+    print_table([dict(data=row.name, classes=row.classes, source=row.source) for row in data.ROWS])
+    print_table([dict(weights=name, normalize=known[-1], source=known[0]) for name, known in vit.BACKBONES.items()])
 
 
 def text(value):
-    """A value as tables, messages and folder names have it."""
+    """A value as tables, messages and names of files show it."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def percent(base, prompt):
-    """Both pathways' accuracies in words; "-" where there is none."""
+def percent(base, prompt=None):
+    """The accuracies of the pathways in words; "-" if there is none."""
     return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
 
 
-def progress(items, description):
-    """A progress bar, on a terminal, of the first process."""
-    return tqdm(items, description, leave=False, disable=True if RANK else None)
-
-
-def log(message=""):
-    """Prints, once for all processes."""
-    if RANK == 0:
-        print(message, flush=True)
-
-
-def one_line(error):
-    """What an error says, on one line. One from a DataLoader's worker carries a traceback: its last line is taken."""
-    message = str(error) or type(error).__name__
+def sentence(error):
+    """What a user error says, on one line. One from a DataLoader's worker carries a traceback: its last line counts."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory does not suffice: use a smaller --batch-size"
+    message = str(error)
     if message.startswith("Caught "):
-        message = message.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
-    return " ".join(message.split())[:400]
-
-
-# ---------------------------------------------------------------------- devices and processes
-
-
-def choose_machine(flags):
-    """The machine that the flags ask for; under torchrun the processes are connected here."""
-    gpu, gpus = flags.get("gpu", LOCAL_RANK), 0 if "cpu" in flags else torch.cuda.device_count()
-    if WORLD > 1 and "gpu" in flags:
-        raise ValueError("torchrun gives every process its own GPU: leave out --gpu")
-    if gpu >= gpus and (gpus or "gpu" in flags):
-        raise ValueError(f"there is no GPU {gpu}: PyTorch sees {gpus}; leave out --gpu, or take --cpu")
-    device, dtype = torch.device("cpu"), torch.float32
-    if gpus:
-        device = torch.device("cuda", gpu)
-        torch.cuda.set_device(device)
-        # Older GPUs only emulate bfloat16, many times slower.
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if WORLD > 1:
-        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = flags.get("workers", min(16, max(1, cpus // LOCAL_WORLD)))
-    return Machine(device, dtype, workers, "compile" in flags, flags.get("root", Path("data")))
-
-
-@contextmanager
-def first_on_each_machine():
-    """In a `with` block: the first process of each machine goes through it before the others, so that it downloads."""
-    if WORLD > 1:
-        waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # a download takes longer than a step
-    if LOCAL_RANK > 0:
-        dist.barrier(waiting)
-    yield
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier(waiting)
-
-
-def summed(tensor):
-    """The tensor, summed over all processes."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
+        message = message.splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
 
 
 # ---------------------------------------------------------------------- the command line
-
-
-class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, as for every other bad input, without the usage."""
-
-    def error(self, message):
-        """Raises ValueError."""
-        raise ValueError(message)
 
 
 def number(kind, low, high=math.inf):
@@ -761,105 +601,125 @@ def window(value):
     return None if value == "none" else int(value)
 
 
-COUNT, NATURAL = number(int, 1, 10_001), number(int, 0, 2**32)
-SETTINGS = {  # flags that are settings of a run: (type, what --help says); the defaults are in `complete_settings`
-    "data": (str, f"names from --list, groups ({', '.join(data.GROUPS)}) or folders; default shapes"),
-    "method": (str, f"{', '.join(sa2vp.METHODS)}; default sa2vp"),
-    "seed": (NATURAL, "default 42"),
-    "weights": (str, f"the backbone: a file, or {', '.join(vit.BACKBONES)}; default the data set's"),
-    "heads": (COUNT, "of the backbone; default as the file says, else width / 64"),
-    "normalize": (str, f"of the backbone's input: {', '.join(vit.NORMALIZE)}; default as the backbone's kind expects"),
-    "image_size": (COUNT, "pixels, a multiple of the patch size; default the data set's"),
-    "epochs": (COUNT, "default the data set's"),
-    "warmup_epochs": (NATURAL, "default a tenth of the epochs"),
-    "batch_size": (COUNT, "default the data set's"),
-    "lr": (number(float, 1e-12), "peak learning rate; default the method's"),
-    "weight_decay": (number(float, 0), "default 1e-4"),
-    "inner_dim": (COUNT, "r, of prompt maps and adapters; default the data set's"),
-    "scale": (number(float, 0), "s, the weight of a message; default the data set's"),
-    "dropout": (number(float, 0, 1), "default the data set's"),
-    "window": (window, "side of the aligned neighbourhood, odd, or none; default 3"),
-    "prompt_grid": (grid, "size of the prompt map such as 7x7, or half; default the image's grid"),
-    "distill_layers": (layers, "D such as 0,4,8, or none; default every fourth layer"),
-    "fusion_layers": (layers, "F, a subset of D, or none; default D without 0"),
-}
-CHOICES = {"method": list(sa2vp.METHODS), "normalize": list(vit.NORMALIZE)}
-MACHINE = {
-    "gpu": (NATURAL, "this GPU; default the first, else the CPU"),
-    "cpu": (bool, "no GPU"),
-    "workers": (number(int, 0, 101), "processes that load pictures; default one per CPU, at most 16"),
-    "compile": (bool, "run the model through torch.compile"),
-    "root": (Path, "where data sets are kept; default data"),
-}
-OTHERS = {
-    "out": (Path, "a run's folder, or that of several; default runs/<what was given>"),
-    "ablate": (bool, "train SA2VP and its ablations"),
-    "list": (bool, "print the data sets and the backbones that are known by name"),
-    "bench": (bool, "print what a step costs beside the frozen encoder's; writes nothing"),
-    "eval": (Path, "a best.pt: print its test accuracy again"),
-    "predict": (Path, "a best.pt, and pictures or folders: print their classes"),
-    "show": (number(int, 1, 101), "with --eval, --predict: draw what the model looks at, show.png"),
-}
-JOBS = {  # flag: (what it does, the other flags that it takes)
-    "list": (print_known, ()),
-    "bench": (bench, ("weights", "batch_size")),
-    "eval": (evaluate_again, ("data", "weights", "show")),
-    "predict": (predict, ("weights", "show")),
-    "ablate": (train, {*SETTINGS, "out"}.difference(*ABLATIONS.values())),  # what the variants change is not given
-    "training": (train, (*SETTINGS, "out")),
-}
+def user_path(value):
+    """A type for argparse: a path, in which ~ is the home folder."""
+    return Path(value).expanduser()
 
 
-def flag(name):
-    """The flag of a setting."""
-    return f"--{name.replace('_', '-')}"
+def make_parser():
+    """The command line. A setting that is not given is absent from its result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)  # fmt: skip
+    count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-12)
+    add = parser.add_argument_group("settings, each with one value or several").add_argument
+    add = partial(add, nargs="+", metavar="X", default=argparse.SUPPRESS)
+    add("--data", help=f"names from --list, groups ({', '.join(data.GROUPS)}) or folders; default shapes")
+    add("--method", choices=sa2vp.METHODS, help=f"{', '.join(sa2vp.METHODS)}; default sa2vp")
+    add("--weights", help=f"the backbone: a file, or {', '.join(vit.BACKBONES)}; default imagenet21k")
+    add("--image-size", type=count, help="pixels, a multiple of the patch size; default 224")
+    add("--heads", type=count, help="of the backbone; default as the file says, else width / 64")
+    add("--normalize", choices=vit.NORMALIZE, help="half (mean and std 0.5) or imagenet; default as the weights expect")
+    add("--epochs", type=count, help="default 100; shapes 30")
+    add("--warmup-epochs", type=natural, help="default a tenth of the epochs")
+    add("--batch-size", type=count, help="default 64; 40 for most of VTAB-1k, 32 for shapes")
+    add("--lr", type=positive, help="peak learning rate; default 1e-3, linear 1e-2, full 1e-4; shapes 1e-2, full 1e-3")
+    add("--weight-decay", type=number(float, 0), help="default 1e-4")
+    add("--inner-dim", type=count, help="r, the rank of the prompt map; default 16, benchmarks 8 to 64")
+    add("--scale", type=number(float, 0), help="s, the weight of a message; default 0.1, benchmarks 0.1 to 1.5")
+    add("--dropout", type=number(float, 0, 1), help="of sa2vp and adapter; default 0.1, shapes 0")
+    add("--window", type=window, help="side of the aligned neighbourhood, odd, or none; default 3")
+    add("--prompt-grid", type=grid, help="size of the prompt map such as 7x7, or half; default the image's grid")
+    add("--distill-layers", type=layers, help="D such as 0,4,8, or none; default every fourth layer")
+    add("--fusion-layers", type=layers, help="F, a subset of D, or none; default D without 0")
+    add("--prompts", type=count, help="prompt tokens of vpt in each layer; default 50")
+    add("--seed", type=number(int, 0, 2**32), help="default 42")
 
+    add = parser.add_argument_group("machine").add_argument
+    add("--gpu", type=natural, metavar="X", help="this GPU; default the first, else the CPU")
+    add("--cpu", action="store_true", help="no GPU")
+    add("--workers", type=natural, metavar="X", help="processes that load images; default one per CPU, at most 16")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--root", type=user_path, metavar="X", help="the folder of the data sets; default data")
+    add("--out", type=user_path, default="runs", metavar="X", help="the folder of all runs; default runs")
 
-def command_line():
-    """The parser. A flag that is not given is absent from its result."""
-    parser = CommandLine(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    groups = {"settings, each with one value or several": SETTINGS, "machine": MACHINE, "what is done": OTHERS}
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for name, (kind, description) in flags.items():
-            several = "+" if flags is SETTINGS or name == "predict" else None
-            values = dict(type=kind, nargs=several, choices=CHOICES.get(name), metavar="X")
-            group.add_argument(flag(name), help=description, **{"action": "store_true"} if kind is bool else values)
+    add = parser.add_argument_group("instead of training a method").add_mutually_exclusive_group().add_argument
+    add("--ablate", action="store_true", help="train SA2VP and its ablations")
+    add("--list", action="store_true", help="print the data sets and backbones that are known by name")
+    add("--eval", type=user_path, metavar="RUN", help="print the test accuracy of a run, given by its folder or best.pt")
+    add("--predict", type=user_path, nargs="+", metavar="X", help="a run, then images or folders: print their classes")
+    parser.add_argument("--show", type=count, metavar="X",
+                        help="with --eval or --predict: draw what the model looks at in so many images")  # fmt: skip
     return parser
 
 
-def main(argv):
+def choose_machine(args):
+    """The machine that the command line asks for."""
+    device, dtype = torch.device("cpu"), torch.float32
+    # A GPU may be listed and not work, for want of a driver.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and not args.cpu else 0
+    if args.gpu is not None and args.gpu >= gpus:
+        raise vit.InputError(f"there is no GPU {args.gpu}, PyTorch can use {gpus}: leave out --gpu, or take --cpu")
+    if gpus:
+        device = torch.device("cuda", args.gpu or 0)
+        torch.cuda.set_device(device)
+        # Older GPUs only emulate bfloat16, many times slower.
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        # cuDNN's attention is reported to give NaN or wrong gradients on recent GPUs.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(16, cpus) if args.workers is None else args.workers
+    return Machine(device, dtype, workers, args.compile, args.root or Path("data"))
+
+
+def use_tuned(args, given, machine):
+    """--eval and --predict, and --show with them."""
+    path, *images = args.predict or [args.eval]
+    model, meta = sa2vp.load(path, *given.get("weights", []))
+    model.to(machine.device)
+    if args.predict:
+        samples = [(image, None) for image in data.find_images(images)]
+        predict(samples, model, meta, machine)
+    else:
+        splits = data.load(data.find(*given.get("data", [meta["settings"]["data"]])), args.root or meta["root"])
+        if list(splits.classes) != meta["classes"]:
+            raise vit.InputError(f"the data set has other classes than {path}")
+        samples = splits.test
+        batches = data.make_loader(samples, meta["input"], meta["settings"]["batch_size"], machine.workers)
+        print(f"test {percent(*evaluate(model, batches, machine))}")
+    if args.show:
+        shown = samples[:: max(1, len(samples) // args.show)][: args.show]  # evenly spaced
+        show((path if path.is_dir() else path.parent) / "show.png", shown, model, meta, machine)
+
+
+def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    given = {name: getattr(args, name) for name in DEFAULTS if hasattr(args, name)}
+    tuned = args.eval or args.predict
+    if tuned and any(name not in ("data", "weights") or len(given[name]) > 1 for name in given):
+        parser.error("with --eval and --predict the only settings are --data and --weights, with one value each")
+    if args.show and not tuned:
+        parser.error("--show draws with --eval or --predict")
+    if args.ablate and given.keys() & set().union(*ABLATIONS.values()):
+        parser.error("--ablate itself varies method, window, prompt-grid, distill-layers and fusion-layers")
     try:
-        flags = vars(command_line().parse_args(argv))
-        job = next((name for name in JOBS if name in flags), "training")
-        function, own = JOBS[job]
-        for name in sorted(flags.keys() - {job, *MACHINE}):
-            if name not in own:
-                raise ValueError(f"{flag(name)} has no part in {job if job == 'training' else flag(job)}")
-            if name in SETTINGS and function is not train:
-                flags[name], *more = flags[name]
-                if more:
-                    raise ValueError(f"{flag(name)} takes one value here")
-        code = 2 if function(flags, choose_machine(flags)) else 0
-        if WORLD > 1:
-            dist.destroy_process_group()
+        if args.list:
+            code = print_known()
+        elif tuned:
+            code = use_tuned(args, given, choose_machine(args))
+        else:
+            code = train(given, args.ablate, args.out, choose_machine(args))
     except KeyboardInterrupt:
         code = 130
-        if RANK == 0:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
-    except BAD_INPUT as error:
+        print("interrupted: a run resumes after its last completed epoch if the command is given again", file=sys.stderr)
+    except USER_ERRORS as error:
         code = 2
-        print(f"train.py: {one_line(error)}", file=sys.stderr)
-    except Exception:
-        code = 1
-        traceback.print_exc()
-    if code and WORLD > 1:
-        os._exit(code)  # at once, without waiting for the others: torchrun ends them
+        print(f"train.py: {sentence(error)}", file=sys.stderr)
     if code:
         sys.exit(code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.stdout.reconfigure(line_buffering=True)  # each line is seen at once, also in a log file
+    main()

@@ -112,6 +112,11 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
+    def describe(self):
+        """The sizes, in words."""
+        return (f"width {self.dim}, {len(self.blocks)} layers, {self.blocks[0].attn.heads} heads, patch "
+                f"{self.patch_size[0]}, image {self.image_size[0]}, normalization {self.normalize}")  # fmt: skip
+
     def embed(self, images):
         """[cls ; patches] + E_pos: (batch, 3, height, width) -> (batch, 1 + N, d); ValueError for another size."""
         if tuple(images.shape[-2:]) != self.image_size:
