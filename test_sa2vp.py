@@ -1,7 +1,7 @@
 """Each test's name is the claim that it proves. No network and no data: everything is made on the spot.
 
-The equations come first, then baselines, the backbone's weights, training, several processes, data, several
-runs, use, the command line and files. `literal` is the method token by token, as the equations have it.
+The equations come first, then baselines, the backbone's weights, training, data, several runs, use, the
+command line and files. `literal` is the method token by token, as the equations have it.
 """
 
 import argparse
@@ -10,12 +10,12 @@ import csv
 import functools
 import hashlib
 import http.server
+import inspect
 import json
 import math
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -106,11 +106,12 @@ def command(files, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(command):
-    """A function that runs such a command and returns the run's folder."""
+    """A function that runs such a command; returns the folder of its run, of several the folder of all."""
 
-    def run(*flags, out="run"):
+    def run(*flags, out="runs"):
         train.main(command(*flags, "--out", out))
-        return Path(out)
+        folders = [path for path in Path(out).iterdir() if path.is_dir()]
+        return folders[0] if len(folders) == 1 else Path(out)
 
     return run
 
@@ -118,7 +119,7 @@ def run(command):
 @pytest.fixture
 def settings(files):
     """A function that gives the complete settings of a run on the small data."""
-    own = {"data": str(files / "insects"), "weights": files / "vit.pth", "epochs": 1, "batch_size": 4}
+    own = {"data": str(files / "insects"), "weights": str(files / "vit.pth"), "epochs": 1, "batch_size": 4}
     return lambda **given: train.complete_settings({"method": "sa2vp"} | own | given)
 
 
@@ -133,8 +134,16 @@ def refusal(capsys, arguments):
     capsys.readouterr()
     assert fail(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # no progress bars
+    if lines[0].startswith("usage:"):  # argparse's own message, below the usage
+        lines = lines[-1:]
     assert len(lines) == 1 and "Traceback" not in lines[0], lines
     return lines[0]
+
+
+def one(path, pattern):
+    """The one path below `path` that matches."""
+    (found,) = Path(path).glob(pattern)
+    return found
 
 
 def table(path):
@@ -687,87 +696,134 @@ def test_weight_decay_is_on_matrices_prompt_maps_and_gates_alone():
 
 @pytest.mark.parametrize("method", sa2vp.METHODS)
 def test_a_run_writes_what_it_promises_and_leaves_the_backbone_bit_for_bit(run, files, monkeypatch, capsys, method):
-    models, build = [], train.build_model
-    monkeypatch.setattr(train, "build_model", lambda *given: models.append(build(*given)) or models[-1])
+    models, prepare = [], train.prepare
+    monkeypatch.setattr(train, "prepare", lambda *given: models.append(prepare(*given)) or models[-1])
     out = run("--method", method, "--epochs", 2)
-    before, after = vit.load_vit(files / "vit.pth").state_dict(), models[0][0].vit.state_dict()
+    before, after = vit.load_vit(files / "vit.pth").state_dict(), models[0][1].vit.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before) == (method != "full")
     assert sorted(os.listdir(out)) == ["best.pt", "last.pt", "metrics.csv", "result.json"]
     found, best = result(out), checkpoint(out / "best.pt")
-    assert (found["method"], found["data"], found["seed"]) == (method, "insects", 42)
+    assert found["settings"] == json.loads(json.dumps(best["settings"])) and found["settings"]["method"] == method
     assert (found["prompt_accuracy"] is None) == (method != "sa2vp")
     assert [row["epoch"] for row in table(out / "metrics.csv")] == ["1", "2"]
     assert any(name.startswith("vit.") for name in best["trained"]) == (method == "full")
     assert found["trainable"] == sum(t.numel() for n, t in best["trained"].items() if not n.startswith("head."))
-    assert "1 heads (taken as width / 64)" in capsys.readouterr().out
+    assert "batch_size=4, lr=" in capsys.readouterr().out
 
     train.main(["--eval", str(out / "best.pt"), "--show", "3", "--cpu"])
-    assert f"test {found['accuracy']:.2f} %" in capsys.readouterr().out
-    tiles = (3, train.CAPTION + train.TILE + 2, 5 if method == "sa2vp" else 3, train.TILE + 2, 3)
-    page = np.asarray(Image.open(out / "show.png"))[2:, 2:].reshape(tiles)
-    for part in (page[:, : train.CAPTION], page[:, train.CAPTION : -2]):
-        assert part.std(axis=(1, 3, 4)).all()  # something is in each tile and in its caption
+    printed = capsys.readouterr().out
+    assert f"test {found['accuracy']:.2f} %" in printed
+    assert len(re.findall(r"^  .*test/(ant|bee)/\d\.png: predicted (?:ant|bee), true \1$", printed, re.M)) == 3
+    page = np.asarray(Image.open(out / "show.png"))
+    titles, grid = page[: train.TITLE], page[train.TITLE + 2 :, 2:]
+    columns = 4 if method == "sa2vp" else 3
+    tiles = grid.reshape(3, train.TILE + 2, columns, train.TILE + 2, 3)[:, :-2, :, :-2]
+    assert tiles.std(axis=(1, 3, 4)).all()  # something is in each tile
+    assert all(part.std() for part in np.array_split(titles, columns, axis=1))
 
 
-def test_the_chosen_epoch_is_tested_and_reported(run, monkeypatch):
-    accuracies, tested = iter([10.0, 30.0, 20.0, 30.0, 5.0]), []  # of equals, the first is kept
+def test_of_epochs_with_equal_validation_accuracy_the_last_is_kept_tested_and_reported(run, monkeypatch):
+    accuracies, tested = iter([10.0, 30.0, 30.0, 20.0, 5.0]), []
 
     def pretended(model, *_):
         tested.append(model.head.weight.clone())
         return next(accuracies), None
 
     monkeypatch.setattr(train, "evaluate", pretended)
-    found = result(run("--lr", 0.01, "--epochs", 4))
-    assert (found["val_accuracy"], found["best_epoch"], found["accuracy"]) == (30.0, 2, 5.0)
-    assert [torch.equal(weight, tested[4]) for weight in tested] == [False, True, False, False, True]
-    assert torch.equal(checkpoint("run/best.pt")["trained"]["head.weight"], tested[1])
+    out = run("--lr", 0.01, "--epochs", 4)
+    found = result(out)
+    assert (found["val_accuracy"], found["best_epoch"], found["accuracy"]) == (30.0, 3, 5.0)
+    assert [torch.equal(weight, tested[4]) for weight in tested] == [False, False, True, False, True]
+    assert torch.equal(checkpoint(out / "best.pt")["trained"]["head.weight"], tested[2])
 
 
-def test_every_epoch_has_its_own_order_and_dropout_and_every_run_of_a_seed_the_same(settings, tmp_path, monkeypatch):
+def test_every_epoch_has_its_own_order_crops_and_dropout_and_every_run_of_a_seed_the_same(settings, tmp_path, monkeypatch):
     seen = []
 
     def record(model, batches, *_):
-        seen.append((tuple(batches.sampler), torch.rand(1).item()))
-        assert "RandomCrop" in str(batches.collate_fn)
-        return 0.0, 0.0, 0.0
+        order, seeds = zip(*batches.sampler)
+        seen.append((order, seeds, torch.rand(1).item()))
+        assert "RandomCrop" in str(batches.dataset.transform)
+        return 0.0, 0.0
 
     monkeypatch.setattr(train, "train_epoch", record)
     monkeypatch.setattr(train, "evaluate", lambda *_: (0.0, None))
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train.fit(settings(seed=seed, epochs=3), tmp_path / out, CPU, {})
-    assert seen[:3] == seen[3:6] and [len(set(part)) for part in zip(*seen)] == [6, 6]
-    assert all(sorted(order) == list(range(10)) for order, _ in seen)
+        train.fit(settings(seed=seed, epochs=3), tmp_path / out, CPU)
+    assert seen[:3] == seen[3:6] and [len(set(part)) for part in zip(*seen)] == [6, 6, 6]
+    assert all(sorted(order) == list(range(10)) for order, *_ in seen)
+
+
+def test_dropout_is_on_in_training_alone(run, monkeypatch):
+    modes, forward = [], sa2vp.SA2VP.forward
+
+    def record(model, images):
+        modes.append((model.training, torch.is_inference_mode_enabled()))
+        return forward(model, images)
+
+    monkeypatch.setattr(sa2vp.SA2VP, "forward", record)
+    run("--epochs", 2)
+    training, evaluation = (True, False), (False, True)
+    assert modes == 2 * [training, training, evaluation] + 2 * [evaluation]
+
+
+def test_the_warm_up_is_counted_in_epochs(run):
+    rates = [float(row["lr"]) for row in table(run("--epochs", 4, "--warmup-epochs", 2) / "metrics.csv")]
+    expected = [train.learning_rate(last, 4, 8, 1e-3) for last in (1, 3, 5, 7)]  # an epoch has 2 steps
+    assert rates == pytest.approx(expected) and rates[1] == 1e-3
 
 
 def test_matrix_products_are_in_the_machines_dtype_and_float16_has_a_scaler(settings, tmp_path, monkeypatch):
     seen, forward = [], torch.nn.Linear.forward
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda module, x: seen.append(forward(module, x)) or seen[-1])
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda module, x: seen.append((module, forward(module, x))) or seen[-1][1])
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         seen.clear()
-        train.fit(settings(), tmp_path / str(dtype), CPU._replace(dtype=dtype), {})
+        train.fit(settings(), tmp_path / str(dtype), CPU._replace(dtype=dtype))
         scaler = checkpoint(tmp_path / str(dtype) / "last.pt")["scaler"]
-        assert {x.dtype for x in seen} == {dtype} and bool(scaler) == (dtype == torch.float16)
+        assert {x.dtype for module, x in seen if module.out_features != 2} == {dtype}
+        assert {module.weight.dtype for module, x in seen if not module.weight.requires_grad} == {dtype}
+        assert bool(scaler) == (dtype == torch.float16)
     steps = scaler["_growth_tracker"]
     assert steps > 0
-    for begun in ("torch.bfloat16", "torch.float16"):  # goes on with a new one, and with its own
+    for begun in ("torch.bfloat16", "torch.float16"):  # resumes with a new scaler, and with its own
         state = checkpoint(tmp_path / begun / "last.pt")
-        train.fit(settings(epochs=2), tmp_path / begun, CPU._replace(dtype=dtype), state)
+        state["settings"]["epochs"] = 2
+        torch.save(state, tmp_path / begun / "last.pt")
+        train.fit(settings(epochs=2, warmup_epochs=0), tmp_path / begun, CPU._replace(dtype=dtype))
     assert checkpoint(tmp_path / begun / "last.pt")["scaler"]["_growth_tracker"] == 2 * steps
 
 
-def test_a_gpu_without_bfloat16_in_hardware_takes_float16(monkeypatch):
+def machine(*flags):
+    return train.choose_machine(train.make_parser().parse_args(flags))
+
+
+def test_a_gpu_without_bfloat16_in_hardware_takes_float16_and_one_that_does_not_work_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    for real, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+    for works, real, expected in (
+        (True, True, (torch.device("cuda", 0), torch.bfloat16)),
+        (True, False, (torch.device("cuda", 0), torch.float16)),
+        (False, True, (torch.device("cpu"), torch.float32)),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: works)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: real or including_emulation)
-        assert train.choose_machine({})[:2] == (torch.device("cuda", 0), dtype)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert machine()[:2] == expected and torch.backends.cuda.cudnn_sdp_enabled() == (not works)
+    with pytest.raises(vit.InputError, match="no GPU 0, PyTorch can use 0"):
+        machine("--gpu", "0")
+
+
+def test_workers_are_the_cpus_of_this_process(monkeypatch):
+    for cpus, workers in ((48, 16), (3, 3)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+        assert machine().workers == workers
 
 
 def outcome(out):
     """Everything a run leaves but its times."""
     rows = [result(out), *table(out / "metrics.csv")]
     for row in rows:
-        row.pop("seconds"), row.pop("images_per_second")
+        row.pop("seconds")
     return rows, [checkpoint(out / name)["trained"] for name in ("best.pt", "last.pt")]
 
 
@@ -788,38 +844,72 @@ def interrupt(patch, name, after):
     patch.setattr(train, name, interrupted)
 
 
-def test_an_interrupted_run_goes_on_to_the_numbers_of_one_that_was_not(run, command, monkeypatch, capsys):
-    flags = ["--dropout", 0.2, "--workers", 2, "--epochs", 3]
-    whole = outcome(run(*flags, out="whole"))
+def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one_whatever_the_workers(
+    run, command, monkeypatch, capsys
+):
+    flags = ["--dropout", 0.2, "--epochs", 3]
+    whole = run(*flags, "--workers", 2, out="whole")
     for killed_in in (0, 2):
         broken = f"broken{killed_in}"
         with monkeypatch.context() as patch:
             interrupt(patch, "evaluate", killed_in)
             assert fail(command(*flags, "--out", broken)) == 130
-        assert "run the same command again" in capsys.readouterr().err
-        same(whole, outcome(run(*flags, out=broken)))
-    before = Path("whole/best.pt").stat().st_mtime_ns
+        assert "resumes after its last completed epoch" in capsys.readouterr().err
+        same(outcome(whole), outcome(run(*flags, out=broken)))
+        assert (f"resuming after epoch {killed_in}" in capsys.readouterr().out) == (killed_in > 0)
+
+
+def test_workers_are_started_once_for_a_run_also_where_they_import_everything_anew(run, monkeypatch):
+    started, make = [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    iterator = lambda loader: started.append(len(loader.dataset)) or make(loader)  # noqa: E731
+    monkeypatch.setattr(torch.utils.data.dataloader, "_MultiProcessingDataLoaderIter", iterator)
+    loader = functools.partial(torch.utils.data.DataLoader, multiprocessing_context="forkserver")
+    flags = ["--dropout", 0.2, "--epochs", 3]
+    alone = outcome(run(*flags, out="alone"))
+    monkeypatch.setattr(data, "DataLoader", lambda *a, num_workers, **b: loader(*a, num_workers=1, **b | {"persistent_workers": True}))
+    same(alone, outcome(run(*flags, out="forked")))
+    assert started == [10, 2, 8]  # training, validation and test images
+
+
+def test_a_finished_run_is_kept_and_says_so(run, capsys):
+    out = run("--lr", 0.001)  # the default, spelled out
+    before = (out / "best.pt").stat().st_mtime_ns
     capsys.readouterr()
-    run(*flags, out="whole")  # a finished run is kept, and its result printed again
-    assert Path("whole/best.pt").stat().st_mtime_ns == before
-    assert re.fullmatch(r"test .* with epoch \d, trained for \d+ s\n", capsys.readouterr().out)
+    assert run() == out and (out / "best.pt").stat().st_mtime_ns == before
+    assert re.fullmatch(
+        r"\S+ holds this run, finished, and is kept; delete it to train anew\ntest .* in epoch 1, trained for \d+ s\n",
+        capsys.readouterr().out.lstrip(),
+    )
+    shutil.rmtree(out)
+    assert run() == out and (out / "best.pt").stat().st_mtime_ns > before
 
 
-def test_a_run_of_other_settings_or_another_backbone_is_refused(run, command, monkeypatch, capsys):
-    out, flags = run("--lr", 0.01), ["--out", "run", "--lr"]
-    before, last = outcome(out), checkpoint(out / "last.pt")
-    assert "holds a run with lr 0.01, not 0.02" in refusal(capsys, command(*flags, 0.02))
-    write(out, {"result.json": {"accuracy": None}})  # it is to be tested yet
-    for change in ({"fingerprint": "another"}, {"classes": ["ant", "cow"]}):
-        torch.save(last | change, out / "last.pt")
-        assert "another backbone or on other classes" in refusal(capsys, command(*flags, 0.01))
-    write(out, {"last.pt": "something else", "result.json": {"accuracy": 99.0}})
-    assert "no checkpoint of this project" in refusal(capsys, command(*flags, 0.01))
-    (out / "last.pt").unlink()  # result.json is of a run that was taken away: no result of this one
-    with monkeypatch.context() as patch:
-        interrupt(patch, "evaluate", 1)
-        assert fail(command(*flags, 0.01)) == 130
-    same(before, outcome(run("--lr", 0.01)))
+def test_a_run_of_other_settings_images_classes_or_backbone_is_refused_with_a_sentence(run, command, files, capsys):
+    shutil.copytree(files / "insects", "insects")
+    flags = ["--data", "insects", "--fusion-layers", "none"]
+    out = run(*flags)
+    before, last, found = outcome(out), checkpoint(out / "last.pt"), (out / "result.json").read_text()
+    other = json.loads(found)
+    other["settings"]["fusion_layers"] = None
+    write(out, {"result.json": other})
+    assert "holds a run with fusion_layers None, not []" in refusal(capsys, command(*flags))
+    for damaged in ("{", "[]", "{}"):
+        write(out, {"result.json": damaged})
+        assert "result.json is damaged: delete it" in refusal(capsys, command(*flags))
+    (out / "result.json").unlink()
+    torch.save(last | {"settings": last["settings"] | {"fusion_layers": None}}, out / "last.pt")
+    assert "holds a run with fusion_layers None, not []" in refusal(capsys, command(*flags))
+    torch.save(last | {"fingerprint": "another"}, out / "last.pt")
+    assert "begun with another backbone" in refusal(capsys, command(*flags))
+    torch.save(last, out / "last.pt")
+    write(Path(), {"insects/train/ant/new.png": None})
+    assert "begun with other images or classes" in refusal(capsys, command(*flags))
+    Path("insects/train/ant/new.png").unlink()
+    write(out, {"last.pt": "something else"})
+    assert "last.pt" in refusal(capsys, command(*flags))
+    torch.save(last, out / "last.pt")
+    same(before, outcome(run(*flags)))
+    assert f"{out} is the folder of one run" in refusal(capsys, command("--out", out))
 
 
 def test_compiling_changes_no_more_than_rounding_and_happens_in_every_run(settings, tmp_path, monkeypatch):
@@ -828,91 +918,13 @@ def test_compiling_changes_no_more_than_rounding_and_happens_in_every_run(settin
     monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend=backend, **options))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)  # 8 by default: the sixth run was too much
     torch.save(vit.VisionTransformer(64, 32, 64, 1, 1).state_dict(), tmp_path / "vit.pth")
-    one = settings(dropout=0.0, weights=tmp_path / "vit.pth", image_size=64)
+    one = settings(dropout=0.0, weights=str(tmp_path / "vit.pth"), image_size=64)
     for i in range(3):
-        train.fit(one, tmp_path / str(i), CPU._replace(compile=i > 0), {})
+        train.fit(one, tmp_path / str(i), CPU._replace(compile=i > 0))
         counts.append(len(compiled))
         losses.append(float(table(tmp_path / str(i) / "metrics.csv")[0]["loss"]))
     assert counts[0] == 0 < counts[1] and counts[2] == 2 * counts[1]
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
-
-
-# ---------------------------------------------------------------------- several processes
-
-
-def torchrun(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-TWO = ("--standalone", "--nproc_per_node=2")
-
-
-def test_two_processes_train_and_test_as_one_does(run, command):
-    for split, count in {"train": 27, "val": 15, "test": 9}.items():  # none is a multiple of four
-        names = {f"{i % 3}/{split}{i}.jpg": i % 3 for i in range(count)}
-        write(Path("data/dogs"), {f"Images/{name}": None for name in names} | {f"{split}.json": names})
-    flags = ["--data", "hta/dogs", "--dropout", 0, "--epochs", 2]  # without random crops
-    job = torchrun(*TWO, train.__file__, *command(*flags, "--out", "two"))
-    rows, _ = outcome(run(*flags, out="one"))
-    output, errors = job.communicate(timeout=60)
-    assert job.returncode == 0 and output.count("validation") == 4, errors  # one process prints
-    for ours, theirs in zip(rows, outcome(Path("two"))[0]):
-        assert float(ours.pop("loss", 0)) == pytest.approx(float(theirs.pop("loss", 0)), rel=1e-4) and ours == theirs
-
-
-def test_a_process_that_fails_ends_all(command, tmp_path):
-    folder = make_folder(tmp_path / "pictures", {"train": 8, "test": 4})
-    (folder / "train" / "bee" / "0.png").write_bytes(b"no picture")  # in the share of one of the two
-    job = torchrun(*TWO, train.__file__, *command("--data", folder, "--batch-size", 2, "--epochs", 9))
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode != 0
-    assert re.search(r"^train\.py: cannot read the picture .*bee/0\.png: UnidentifiedImageError$", errors, re.M)
-
-
-def test_the_first_process_of_each_machine_reads_and_so_downloads_before_the_others(settings, monkeypatch):
-    events, load = [], data.load
-    monkeypatch.setattr(train, "WORLD", 4)
-    monkeypatch.setattr(train.dist, "new_group", lambda **_: "wait")
-    monkeypatch.setattr(train.dist, "barrier", events.append)
-    monkeypatch.setattr(data, "load", lambda *given: events.append("read") or load(*given))
-    for rank, local_rank, order in ((2, 0, ["read", "wait"]), (1, 1, ["wait", "read"])):
-        monkeypatch.setattr(train, "RANK", rank)
-        monkeypatch.setattr(train, "LOCAL_RANK", local_rank)
-        events.clear()
-        train.read_inputs(settings(), CPU)
-        assert events == order
-    with pytest.raises(ValueError, match="4 processes make no batches of 6"):
-        train.read_inputs(settings(batch_size=6), CPU)
-
-
-def test_after_ctrl_c_under_torchrun_one_process_says_how_to_go_on(monkeypatch, capsys):
-    monkeypatch.setattr(train, "WORLD", 2)
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    interrupt(monkeypatch, "choose_machine", 0)
-    for rank, says in ((0, "interrupted; run the same command again to go on\n"), (1, "")):
-        monkeypatch.setattr(train, "RANK", rank)
-        assert fail(["--lr", 1]) == 130 and capsys.readouterr().err == says
-
-
-def test_every_picture_is_counted_once_by_however_many_processes():
-    def shares(world, seed=None):
-        own = dict(crop=False, image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
-        return [data.make_loader(list(range(11)), own, 6, 0, False, seed, rank, world) for rank in range(world)]
-
-    (whole,) = shares(1, 3)[0].batch_sampler
-    for world in (1, 2, 3):
-        assert sorted(sum((list(loader.sampler) for loader in shares(world)), [])) == list(range(11))
-        batches = [batch for loader in shares(world, 3) for batch in loader.batch_sampler]
-        assert len(batches) == world and sorted(sum(batches, [])) == sorted(whole)
-
-
-def test_workers_are_the_cpus_of_this_process_shared_by_the_processes_of_the_machine(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(48)), raising=False)
-    for processes, workers in ((1, 16), (4, 12), (100, 1)):
-        monkeypatch.setattr(train, "LOCAL_WORLD", processes)
-        assert train.choose_machine({"cpu": True}).workers == workers
 
 
 # ---------------------------------------------------------------------- data
@@ -1031,7 +1043,7 @@ def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accura
         path.write_bytes(content)
 
     out = run("--data", "cub", "--root", "root")
-    assert "16 training, 4 validation, 8 test pictures of 2 classes (VPT's" in capsys.readouterr().out
+    assert "16 training, 4 validation, 8 test images of 2 classes (VPT's" in capsys.readouterr().out
     assert sorted(os.listdir("root/CUB_200_2011")) == ["images", "test.json", "train.json", "val.json"]
     shutil.rmtree(server.folder)
     train.main(["--eval", str(out / "best.pt"), "--cpu"])  # a run remembers where its data is
@@ -1072,22 +1084,30 @@ def test_the_table_has_the_papers_settings():
     assert train.complete_settings({"data": "shapes", "method": "sa2vp"})["epochs"] == 30
 
 
-def test_vtab_is_searched_on_train800_and_val200_without_test_data_and_tested_after_the_last_epoch(run, command):
+def test_vtab_is_searched_on_train800_and_val200_without_test_data_and_its_last_epoch_counts(run, command, monkeypatch):
     write(Path("root"), CLEVR)
-    assert list(map(len, data.load(data.find("vtab/clevr_count"), "root", tune=True)[:3])) == [16, 4, 0]
-    flags = ["--data", "vtab/clevr_count", "--root", "root", "--method", "linear", "--epochs", 2, "--lr", 1e-3, 1e-2]
+    assert list(map(len, data.load(data.find("vtab/clevr_count"), "root", search=True)[:3])) == [16, 4, 0]
+    flags = ["--data", "vtab/clevr_count", "--root", "root", "--method", "linear", "--epochs", 3, "--lr", 1e-3, 1e-2]
     for file, runs in (("val200", 0), ("test", 2)):  # a search that cannot run tests nothing; what follows it tests
         path = Path("root", VTAB, f"{file}.txt")
         path.rename("hidden.txt")
         assert fail(command(*flags, "--out", file)) == 2
         Path("hidden.txt").rename(path)
-        assert [bool(row["val_accuracy"]) for row in table(Path(file, "results.csv"))] == [runs > 0] * 2
+        assert [bool(row["val_accuracy"]) for row in table(one(file, "*.csv"))] == [runs > 0] * 2
         assert len(list(Path(file).rglob("best.pt"))) == runs
-    rows = table(run(*flags, out="test") / "results.csv")
+    accuracies = iter([90.0, 50.0, 10.0, 20.0, 30.0, 20.0])  # of two runs; the first was better before its last epoch
+    with monkeypatch.context() as patch:
+        pretended = lambda model, batches, *_: (next(accuracies, 40.0) if len(batches.dataset) else None, None)  # noqa: E731
+        patch.setattr(train, "evaluate", pretended)
+        rows = table(one(run(*flags, out="last"), "*.csv"))
+    assert [(row["val_accuracy"], row["accuracy"]) for row in rows] == [("10.0", ""), ("20.0", "40.0")]
+    run(*flags, out="test")
+    rows = table(one("test", "*.csv"))
     best = max(rows, key=lambda row: float(row["val_accuracy"]))
     assert [bool(row["accuracy"]) for row in rows] == [row is best for row in rows]
-    found = result(Path(f"test/vtab-clevr_count-linear-lr{best['lr']}"))
-    assert found["val_accuracy"] is None and found["best_epoch"] == 2
+    found = [result(path) for path in Path("test").glob("vtab-clevr_count-linear-*/")]
+    assert sorted(r["settings"]["search"] for r in found) == [False, True, True]
+    assert all(r["best_epoch"] == 3 and (r["val_accuracy"] is None) != r["settings"]["search"] for r in found)
 
 
 def test_the_split_is_always_the_same_and_holds_out_a_tenth(tmp_path):
@@ -1161,16 +1181,30 @@ def test_pictures_of_every_kind_become_upright_rgb_of_the_same_brightness(tmp_pa
 # ---------------------------------------------------------------------- several runs
 
 
+def combinations(given, ablate=False):
+    return train.list_combinations({"method": ["sa2vp"], "seed": [42]} | given, ablate)
+
+
 def test_runs_are_the_combinations_of_what_was_given():
-    assert list(train.list_combinations({})) == [("shapes", "sa2vp")]
+    assert list(combinations({"data": ["shapes"]})) == [("shapes", "sa2vp")]
     given = {"data": ["fgvc", "vtab/dmlab"], "method": ["linear", "sa2vp"]}
     given |= {"lr": [1e-3, 5e-3], "scale": [0.1, 0.5], "seed": [7, 8]}
-    found = train.list_combinations(given)
+    found = combinations(given)
     assert list(found) == [(name, method) for name in (*data.GROUPS["fgvc"], "vtab/dmlab") for method in given["method"]]
     pairs = {method: [(choice["lr"], choice.get("scale")) for choice in choices] for (_, method), choices in found.items()}
     assert pairs["linear"] == [(1e-3, None), (5e-3, None)]
     assert pairs["sa2vp"] == [(1e-3, 0.1), (1e-3, 0.5), (5e-3, 0.1), (5e-3, 0.5)]
     assert all(choice["seed"] == 7 for choices in found.values() for choice in choices)  # a search is made with the first
+
+
+def test_defaults_are_the_methods_own_and_every_method_has_just_its_options():
+    signature = inspect.signature(sa2vp.SA2VP).parameters
+    for name in sa2vp.options("sa2vp"):
+        assert train.DEFAULTS[name] == signature[name].default
+    assert train.DEFAULTS["prompts"] == inspect.signature(sa2vp.VPTDeep).parameters["prompts"].default
+    for method, others in (("vpt", {"prompts"}), ("adapter", {"inner_dim", "scale", "dropout"}), ("linear", set())):
+        found = train.complete_settings({"data": "cub", "method": method}).keys()
+        assert found & (sa2vp.options("sa2vp") | {"prompts"}) == others
 
 
 def test_an_ablation_trains_every_variant_which_changes_just_what_it_names(run):
@@ -1180,33 +1214,71 @@ def test_an_ablation_trains_every_variant_which_changes_just_what_it_names(run):
         "no-distillation": {"distill_layers": (), "fusion_layers": ()}, "no-fusion": {"fusion_layers": ()},
         "half-size-map": {"prompt_grid": "half"},
     }  # fmt: skip
-    found = train.list_combinations({"data": ["cub"], "scale": [0.5], "lr": [0.02]}, ablate=True)
+    found = combinations({"data": ["cub"], "scale": [0.5], "lr": [0.02]}, ablate=True)
     full = train.complete_settings({"data": "cub", "method": "sa2vp", "scale": 0.5, "lr": 0.02})
     assert [variant for _, variant in found] == list(expected)
     for (_, variant), (choice,) in found.items():
         assert {name: value for name, value in choice.items() if full[name] != value} == expected[variant]
-    rows = table(run("--ablate") / "results.csv")
-    assert [row["variant"] for row in rows if row["accuracy"]] == list(expected)
+    run("--ablate")
+    assert [row["variant"] for row in table(one("runs", "*-ablation-*.csv")) if row["accuracy"]] == list(expected)
+    folder = one("runs", "*windownone*")
+    before = (folder / "best.pt").stat().st_mtime_ns
+    run("--window", "none")  # the same settings are the same folder
+    assert (folder / "best.pt").stat().st_mtime_ns == before
 
 
 def test_several_runs_end_with_one_table_also_after_an_interruption(run, command, monkeypatch, capsys):
     write(Path("root"), LAYOUTS["cub"] | LAYOUTS["nabirds"])
     monkeypatch.setitem(data.GROUPS, "pair", ["cub", "nabirds"])
-    monkeypatch.setitem(data.PUBLISHED["linear"], "pair", 90.0)
     flags = ["--data", "pair", "--root", "root", "--method", "linear", "--seed", 0, 1]
     with monkeypatch.context() as patch:
         interrupt(patch, "evaluate", 5)  # in the third run's test
-        assert fail(command(*flags, "--out", "run")) == 130
-    first = Path("run/cub-linear-seed0/result.json")
+        assert fail(command(*flags, "--out", "runs")) == 130
+    first = one("runs", "cub-linear-*seed0/result.json")
     before = first.stat().st_mtime_ns
-    rows = table(run(*flags) / "results.csv")
+    run(*flags)
+    rows = table(one("runs", "pair-linear-*seed0+1*.csv"))
     assert first.stat().st_mtime_ns == before
-    assert list(rows[0]) == ["data", "method", "val_accuracy", "accuracy", "std", "published", "trainable"]
-    cub, nabirds = ([result(Path(f"run/{name}-linear-seed{i}"))["accuracy"] for i in (0, 1)] for name in ("cub", "nabirds"))
-    expected = {"cub": (np.mean(cub), ""), "nabirds": (np.mean(nabirds), ""), "pair": (np.mean([cub, nabirds]), "90.0")}
-    assert {row["data"]: (float(row["accuracy"]), row["published"]) for row in rows} == expected
-    assert float(rows[0]["std"]) == pytest.approx(np.std(cub, ddof=1))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("pair ")
+    assert list(rows[0]) == ["data", "method", "val_accuracy", "accuracy", "std", "seeds", "trainable"]
+    cub, nabirds = ([result(one("runs", f"{name}-linear-*seed{i}"))for i in (0, 1)] for name in ("cub", "nabirds"))
+    cub, nabirds, validation = ([r[key] for r in results] for results, key in (
+        (cub, "accuracy"), (nabirds, "accuracy"), (cub, "val_accuracy")))  # fmt: skip
+    expected = {"cub": np.mean(cub), "nabirds": np.mean(nabirds), "pair": np.mean([cub, nabirds])}
+    assert {row["data"]: float(row["accuracy"]) for row in rows} == expected
+    assert float(rows[0]["std"]) == pytest.approx(np.std(cub, ddof=1)) and rows[0]["seeds"] == "2"
+    assert float(rows[0]["val_accuracy"]) == np.mean(validation)  # of all seeds, as accuracy is
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("pair ") and "run 3 of 4" in printed
+
+
+def test_two_commands_share_the_folder_of_runs_and_a_third_only_prints_their_table(run, command, monkeypatch, capsys):
+    write(Path("root"), LAYOUTS["cub"] | LAYOUTS["nabirds"])
+    flags = ["--root", "root", "--method", "linear", "--out", "runs", "--data"]
+    start = [sys.executable, train.__file__]
+    jobs = [subprocess.Popen([*start, *command(*flags, name)], stderr=subprocess.PIPE) for name in ("cub", "nabirds")]
+    for job in jobs:
+        assert job.wait(timeout=60) == 0, job.stderr.read()
+    monkeypatch.setattr(train, "fit", None)  # there is nothing to train
+    train.main(command(*flags, "cub", "nabirds"))
+    assert capsys.readouterr().out.count("and is kept") == 2
+    assert [row["data"] for row in table(one("runs", "cub+nabirds-*.csv")) if row["accuracy"]] == ["cub", "nabirds"]
+
+
+def test_a_run_that_fails_does_not_end_the_others_and_a_bug_keeps_its_traceback(run, command, monkeypatch, capsys):
+    fit, fail_with = train.fit, {0: vit.InputError("give another file"), 1: torch.OutOfMemoryError("much"), 2: OSError("bug")}
+
+    def failing(settings, *rest):
+        if error := fail_with.get(settings["seed"]):
+            raise error
+        return fit(settings, *rest)
+
+    monkeypatch.setattr(train, "fit", failing)
+    for seeds, code in (((0, 3), 2), ((1, 0, 3), 2), ((2, 0, 3), 1)):
+        assert fail(command("--seed", *seeds, "--out", f"{seeds}")) == code
+        printed = capsys.readouterr()
+        assert len(list(Path(f"{seeds}").glob("*/result.json"))) == 1 and "seed3" in printed.out
+        assert ("Traceback" in printed.err and "OSError: bug" in printed.err) == (code == 1)
+        assert ("use a smaller --batch-size" in printed.err) == (1 in seeds) and "give another file" in printed.err
 
 
 def test_a_group_has_mean_and_deviation_of_its_parts_if_every_member_has_every_seed(monkeypatch):
@@ -1221,10 +1293,10 @@ def test_a_group_has_mean_and_deviation_of_its_parts_if_every_member_has_every_s
         assert [(row["accuracy"], row["std"]) for row in rows] == [(None, None)] * 2
 
 
-def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(run, monkeypatch):
+def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(run, monkeypatch, capsys):
     calls, accuracies = [], {(1e-3, 0.1): 40.0, (1e-3, 0.5): 60.0, (1e-2, 0.1): 60.0, (1e-2, 0.5): 10.0}
 
-    def pretended(settings, out, machine, state, test):
+    def pretended(settings, out, machine, test):
         key = settings["lr"], settings.get("scale", 0.1)
         calls.append((settings["method"], *key, settings["seed"], test))
         return {"val_accuracy": accuracies[key], "accuracy": 70.0 + settings["seed"] if test else None,
@@ -1236,37 +1308,51 @@ def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(r
     chosen = [("sa2vp", 1e-3, 0.5, seed, True) for seed in (3, 4)]  # the first of equals
     probe = [("linear", lr, 0.1, 3, False) for lr in (1e-3, 1e-2)] + [("linear", 1e-2, 0.1, seed, True) for seed in (3, 4)]
     assert calls == search + chosen + probe
-    lines = Path("run/results.csv").read_text().splitlines()
-    assert lines[:3] == [
-        "data,method,lr,scale,val_accuracy,accuracy,std,published,trainable",
-        "insects,sa2vp,0.001,0.1,40.0,,,,5",
-        f"insects,sa2vp,0.001,0.5,60.0,73.5,{math.sqrt(0.5)},,5",
+    lines = one("runs", "*.csv").read_text().splitlines()
+    assert lines[0] == "data,method,lr,scale,val_accuracy,accuracy,std,seeds,trainable"
+    assert [line.split(",")[1:] for line in lines[1:3]] == [
+        ["sa2vp", "0.001", "0.1", "40.0", "", "", "", "5"],
+        ["sa2vp", "0.001", "0.5", "60.0", "73.5", f"{math.sqrt(0.5)}", "2", "5"],
     ]
     assert [line.split(",")[2:6] for line in lines[5:]] == [["0.001", "", "40.0", ""], ["0.01", "", "60.0", "73.5"]]
+    printed = capsys.readouterr().out
+    assert "chosen: lr 0.001, scale 0.5 \n" in printed and "chosen: lr 0.01 (the last rate tried: try beyond it)" in printed
 
 
 def test_a_search_names_a_run_that_diverges_saves_nothing_of_it_and_tests_the_best_as_it_is(run, command, capsys):
     flags = ["--epochs", 2, "--lr"]
-    error = refusal(capsys, command(*flags, 1e30, 1e-3, 1e-2, "--out", "run"))
-    assert error.startswith("train.py: run/insects-sa2vp-lr1e+30 could not run: the loss is not finite in epoch 1")
-    assert not Path("run/insects-sa2vp-lr1e+30").exists()
-    rows = table(Path("run/results.csv"))
+    error = refusal(capsys, command(*flags, 1e30, 1e-3, 1e-2, "--out", "runs"))
+    assert "lr1e+30 could not run: the loss is not finite in epoch 1" in error
+    assert not list(Path("runs").glob("*lr1e+30*/"))
+    rows = table(one("runs", "*.csv"))
     assert [bool(row["val_accuracy"]) for row in rows] == [False, True, True]
     chosen = max(rows[1:], key=lambda row: float(row["val_accuracy"]))
     assert [row["lr"] for row in rows if row["accuracy"]] == [chosen["lr"]]
-    results = [result(Path(f"run/insects-sa2vp-lr{row['lr']}")) for row in rows[1:]]
-    assert [found["accuracy"] is None for found in results] == [row is not chosen for row in rows[1:]]  # not tested
+    results = [result(path) for path in Path("runs").glob("*/")]
+    assert {r["settings"]["lr"]: r["accuracy"] is None for r in results} == {
+        float(row["lr"]): row is not chosen for row in rows[1:]}  # fmt: skip
     alone = run(*flags, chosen["lr"], out="alone")
     assert float(chosen["accuracy"]) == result(alone)["accuracy"]
 
 
-def test_other_settings_have_another_folder_by_themselves():
-    for values, name in (
-        ({"data": ["cub"], "lr": [5e-3]}, "cub-sa2vp-lr0.005"),
-        ({"data": ["vtab", "cub"], "seed": [0, 1], "weights": ["a/b.pth"]}, "vtab+cub-sa2vp-seed0+1-weightsa-b.pth"),
-        ({"prompt_grid": [(7, 7), "half"], "window": [None]}, "shapes-sa2vp-prompt_grid7,7+half-windownone"),
+def test_a_folder_is_named_after_what_differs_from_the_defaults_of_data_set_and_method(files):
+    for given, name in (
+        ({"data": "cub", "method": "sa2vp", "seed": 1, "lr": 5e-3}, "cub-sa2vp-lr0.005-seed1"),
+        ({"data": "cub", "method": "linear", "lr": 1e-2, "batch_size": 64, "warmup_epochs": 10}, "cub-linear"),
+        ({"data": "vtab/dmlab", "method": "sa2vp", "scale": 1.5, "batch_size": 64}, "vtab-dmlab-sa2vp-batch_size64"),
+        ({"data": "cub", "method": "sa2vp", "epochs": 20, "warmup_epochs": 2}, "cub-sa2vp-epochs20"),
+        ({"data": "cub", "method": "full", "epochs": 20, "warmup_epochs": 3}, "cub-full-epochs20-warmup_epochs3"),
+        ({"data": "cub", "method": "sa2vp", "window": None, "fusion_layers": ()}, "cub-sa2vp-windownone-fusion_layersnone"),
+        ({"data": "cub", "method": "vpt", "weights": "x/a:b/c.pth"}, "cub-vpt-weightsa-b-c.pth"),
+        ({"data": "vtab/dmlab", "method": "vpt", "search": True}, "vtab-dmlab-vpt-searchTrue"),
     ):
-        assert train.run_name(values) == name
+        assert train.run_name(train.complete_settings(given)) == name
+    insects = {"data": str(files / "insects"), "method": "sa2vp"}
+    assert train.run_name(train.complete_settings(insects)) == f"{files.name}-insects-sa2vp"
+    long = [train.file_name({"data": ["cub"], "method": ["vpt"], "lr": [0.1] * n}) for n in (50, 51)]
+    assert long[0] != long[1] and long[0][:90] == long[1][:90] and [len(name) for name in long] == [100, 100]
+    command = {"data": ["vtab", "cub"], "method": ["vpt", "sa2vp"], "seed": [0, 1], "prompt_grid": [(7, 7), "half"]}
+    assert train.file_name(command) == "vtab+cub-vpt+sa2vp-seed0+1-prompt_grid7,7+half"
 
 
 # ---------------------------------------------------------------------- with a tuned model
@@ -1298,51 +1384,32 @@ def test_a_checkpoint_has_its_own_transforms_and_one_that_lacks_something_is_ref
         assert "damaged.pt" in refusal(capsys, ["--eval", "damaged.pt", "--cpu"])
 
 
-def test_predict_prints_the_five_likeliest_classes_and_names_what_it_cannot_read(run, files, monkeypatch, capsys):
+def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_images(run, files, monkeypatch, capsys):
     make_folder(Path("seven"), {"train": 3, "test": 1}, classes="abcdefg")
-    write(Path(), {"damaged.jpg": b"\xff\xd8 no picture", "empty/a.txt": ""})
-    best, bee, folder = run("--data", "seven") / "best.pt", files / "insects/test/bee/1.png", files / "insects/train"
-    model, meta = sa2vp.load(best)
-    pictures, opened, open_picture = [bee, *sorted(folder.rglob("*.png"))], [], data.open_picture
-    monkeypatch.setattr(data, "open_picture", lambda picture: opened.append(picture) or open_picture(picture))
+    write(Path(), {"damaged.jpg": b"\xff\xd8 no image", "empty/a.txt": ""})
+    out, bee, folder = run("--data", "seven"), files / "insects/test/bee/1.png", files / "insects/train"
+    model, meta = sa2vp.load(out / "best.pt")
+    images, opened, open_picture = [bee, *sorted(folder.rglob("*.png"))], [], data.open_picture
+    monkeypatch.setattr(data, "open_picture", lambda image: opened.append(image) or open_picture(image))
     capsys.readouterr()
-    assert fail(["--predict", best, "damaged.jpg", bee, folder, "--show", 2, "--cpu"]) == 2
-    assert opened[-2:] == [pictures[0], pictures[6]]  # of 13, what is shown is evenly spaced
-    expected = []
-    for picture in pictures:
-        image = data.transform(**meta["input"])(open_picture(picture))
+    train.main(list(map(str, ["--predict", out, bee, folder, "--show", 2, "--cpu"])))
+    assert opened[-2:] == [images[0], images[6]]  # of 13, what is shown is evenly spaced
+    expected, guesses = [], {}
+    for image in images:
+        pixels = data.transform(**meta["input"])(open_picture(image))
         with torch.inference_mode():
-            probabilities = model(image[None])[0][0].softmax(dim=0).tolist()
+            probabilities = model(pixels[None])[0][0].softmax(dim=0).tolist()
         right = sorted(zip(probabilities, meta["classes"]), reverse=True)[:5]
-        expected += [str(picture), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
-    printed = capsys.readouterr()
-    assert printed.out.splitlines() == [*expected, "wrote run/show.png"] and "damaged.jpg" in printed.err
-    assert Image.open("run/show.png").height == 2 * (train.CAPTION + train.TILE + 2) + 2
-    for given, says in ((["empty"], "no picture"), (["absent.jpg"], "no picture"), ([], "checkpoint and then pictures")):
-        assert says in refusal(capsys, ["--predict", best, *given, "--cpu"])
+        guesses[image] = right[0][1]
+        expected += [str(image), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
+    rows = [f"  {image}: predicted {guesses[image]}" for image in opened[-2:]]
+    assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png, whose rows are", *rows]
+    assert Image.open(out / "show.png").height == train.TITLE + 2 * (train.TILE + 2) + 2
+    for given, says in ((["empty"], "no image"), (["absent.jpg"], "no image"), ([bee, "damaged.jpg"], "damaged.jpg")):
+        assert says in refusal(capsys, ["--predict", out, *given, "--cpu"])
 
 
-def test_principal_components_of_the_prompt_map_become_colours():
-    model, tokens = small_model(), 1e-5 * torch.randn(1, 13, 16, dtype=torch.double)
-    tokens[0, 1:, 2] = torch.arange(12.0)
-    model.prompt_map.forward = lambda: tokens
-    red, *others = train.principal_colours(model).flatten(1)
-    ramp = red if red[0] < 0.5 else red.flip(0)  # a component has no sign
-    torch.testing.assert_close(ramp, torch.linspace(0, 1, 12, dtype=torch.double), rtol=0, atol=1e-3)
-    assert torch.stack(others).max() < 1e-3
-
-
-def test_the_bench_measures_its_rows_beside_the_encoder(files, capsys, monkeypatch):
-    monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in ("frozen encoder", "SA2VP")})
-    rates, make = [], train.make_optimizer
-    monkeypatch.setattr(train, "make_optimizer", lambda model, *more: rates.append(model.vit.drop.p) or make(model, *more))
-    train.main(["--bench", "--weights", str(files / "vit.pth"), "--batch-size", "2", "--cpu"])
-    rows = [re.split(r"  +", line) for line in capsys.readouterr().out.strip().splitlines()[3:]]
-    assert [row[0] for row in rows] == list(train.BENCH) and rates == [0, 0]
-    assert all(float(cell) > 0 for row in rows for cell in row[1:5]) and rows[0][2] == rows[0][4] == "1.00"
-
-
-def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
+def test_the_default_run_pretrains_its_backbone_once_and_resumes_after_an_interruption(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("shapes", "shapes-source"):
         load = functools.partial(data.TABLE[name].load, counts=(32, 12, 8))
@@ -1355,11 +1422,11 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
     capsys.readouterr()
     train.main(flags)
     assert "pre-training" in capsys.readouterr().out
-    train.main([*flags, "--method", "linear"])
+    train.main([*flags, "--method", "linear", "--out", "elsewhere"])
     assert "pre-training" not in capsys.readouterr().out
-    assert sorted(os.listdir("runs")) == ["shapes-linear-epochs1", "shapes-sa2vp-epochs1", "shapes-vit"]
+    assert sorted(os.listdir("runs")) == ["shapes-sa2vp-epochs1", "shapes-vit"]
+    assert os.listdir("elsewhere") == ["shapes-linear-epochs1"]
     assert vit.load_vit("runs/shapes-vit/best.pt", data.SIDE).normalize == "imagenet"
-    assert "trained from scratch" in refusal(capsys, ["--eval", "runs/shapes-vit/best.pt", "--cpu"])
 
 
 # ---------------------------------------------------------------------- the command line, files and words
@@ -1368,46 +1435,48 @@ def test_the_default_run_pretrains_its_backbone_once_and_goes_on_after_an_interr
 def test_the_list_has_a_line_for_each_data_set_and_each_backbone(capsys):
     train.main(["--list"])
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
-    assert lines == ["name", *data.TABLE, "weights", *vit.BACKBONES]
+    assert lines == ["data", *data.TABLE, "weights", *vit.BACKBONES]
 
 
 @pytest.mark.parametrize(
     "flags, part",
     [
         ("--data nonsense", "cub, nabirds, flowers"),
-        ("--data untested", "test/<class>/"),
         ("--data other", "'wasp'"),
         ("--data damaged", "damaged/val/bee/0.jpg"),
         ("--data damaged --workers 1", "damaged/val/bee/0.jpg"),
         ("--epochs 3 --warmup-epochs 3", "above"),
-        ("--batch-size 1000", "no batches of 1000"),
+        ("--batch-size 1000", "fewer than one batch of 1000"),
         ("--dropout 1", "--dropout"),
+        ("--lr nan", "--lr"),
+        ("--lr 0", "--lr"),
+        ("--inner-dim 0", "--inner-dim"),
         ("--prompt-grid 0x7", "--prompt-grid"),
-        ("--method linear --window 3", "--window is no setting of linear"),
+        ("--method linear --window 3", "window is not a setting of linear"),
+        ("--method sa2vp --prompts 3", "prompts is not a setting of sa2vp"),
         ("--method magic", "invalid choice: 'magic'"),
         ("--image-size 100", "not a multiple of patch size"),
-        ("--heads 3", "does not divide into 3 heads"),
+        ("--heads 3", "3 heads"),
         ("--window -1", "nothing to attend to"),
         ("--window 2", "must be odd"),
         ("--window 1 --prompt-grid 2x2", "nothing to attend to"),  # and not NaN
-        ("--distill-layers 0 --fusion-layers 4", "must be a subset"),
-        ("--distill-layers 0,5", "must be a subset"),
+        ("--distill-layers 0 --fusion-layers 4", "must be"),
+        ("--distill-layers 0,5", "must be"),
         ("--gpu 99", "no GPU 99"),
         ("--weights absent.pth", "absent.pth"),
         ("--nonsense", "--nonsense"),
-        ("--show 3", "--show has no part in training"),
-        ("--ablate --window 3", "--window has no part in --ablate"),
+        ("--show 3", "--show draws with --eval or --predict"),
+        ("--ablate --window 3", "--ablate itself varies"),
         ("--eval absent.pt", "absent.pt"),
-        ("--eval some.pt --lr 1", "--lr has no part in --eval"),
-        ("--eval some.pt --weights a b", "--weights takes one value here"),
-        ("--eval some.pt --list", "--eval has no part in --list"),
+        ("--eval some.pt --lr 1", "the only settings are --data and --weights"),
+        ("--eval some.pt --weights a b", "with one value each"),
+        ("--eval some.pt --list", "not allowed with argument"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(command, capsys, flags, part):
-    make_folder(Path("untested"), {"train": 3})
     make_folder(Path("other"), {"train": 3, "test": 1})
     make_folder(Path("other"), {"test": 1}, classes=("wasp",))
-    write(make_folder(Path("damaged")), {"val/bee/0.jpg": b"\xff\xd8 no picture"})
+    write(make_folder(Path("damaged")), {"val/bee/0.jpg": b"\xff\xd8 no image"})
     given = flags.split()
     assert part in refusal(capsys, [*given, "--cpu"] if "--eval" in given else command(*given))
     assert not Path("runs").exists()
@@ -1418,16 +1487,35 @@ CONTENTS = {"pt": torch.ones(99), "json": {"a": 1}, "csv": [{"a": 1}], "png": Im
 
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_a_file_is_there_whole_or_as_it_was(tmp_path, kind):
+    resource = pytest.importorskip("resource")  # not on Windows
     path, limit = tmp_path / f"file.{kind}", resource.getrlimit(resource.RLIMIT_FSIZE)
     train.save(path, CONTENTS[kind])
     before = path.read_bytes()
+    with path.open("rb") as reader:  # who reads the old file reads it to its end
+        train.save(path, CONTENTS[kind])
+        assert os.fstat(reader.fileno()).st_nlink == 0
     resource.setrlimit(resource.RLIMIT_FSIZE, (2, limit[1]))  # as if the disk were full
     try:
-        with pytest.raises(Exception):
+        with pytest.raises(vit.InputError, match=f"cannot write .*file.{kind}: File too large"):
             train.save(path, CONTENTS[kind])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_two_processes_never_write_to_the_same_file_and_an_interrupted_one_leaves_nothing(tmp_path, monkeypatch):
+    names = []
+
+    def interrupted(path, content):
+        names.append(path.name)
+        path.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train.save(tmp_path / "last.pt", 1)
+    assert len(set(names)) == 2 and not os.listdir(tmp_path)
 
 
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
@@ -1458,7 +1546,7 @@ def test_every_public_class_function_and_method_has_a_docstring():
         scopes = [tree, *(part for part in tree.body if isinstance(part, ast.ClassDef))]
         found = [part for scope in scopes for part in scope.body if isinstance(part, ast.ClassDef | ast.FunctionDef)]
         without = {part.name for part in found if not ast.get_docstring(part)}
-        described_by_the_class = {"__init__", "forward", "__len__", "__getitem__"}
+        described_by_the_class = {"__init__", "forward", "__len__", "__getitem__", "__iter__"}
         assert len(found) > 10 and without <= described_by_the_class
 
 
@@ -1473,23 +1561,22 @@ OPTIONS = [{"method": name} for name in sa2vp.METHODS] + [{"prompt_grid": (7, 7)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_step_on_cuda_has_nearly_the_loss_of_float32_on_the_cpu(settings, tmp_path, options, compiled):
     one, losses = settings(dropout=0.0, warmup_epochs=0, **options), []
-    for machine in (CPU, train.choose_machine({"workers": 0} | ({"compile": True} if compiled else {}))):
-        train.fit(one, tmp_path / str(machine.device), machine, {})
-        losses.append(float(table(tmp_path / str(machine.device) / "metrics.csv")[0]["loss"]))
+    for where in (CPU, machine("--workers", "0", *(["--compile"] if compiled else []))):
+        train.fit(one, tmp_path / str(where.device), where)
+        losses.append(float(table(tmp_path / str(where.device) / "metrics.csv")[0]["loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @needs_cuda
-def test_a_run_on_cuda_goes_on_predicts_shows_and_is_measured(command, files, monkeypatch, capsys):
-    flags = command("--epochs", 3, "--gpu", 0, "--out", "run")
+def test_a_run_on_cuda_resumes_predicts_and_shows(command, files, monkeypatch):
+    flags = command("--epochs", 3, "--gpu", 0)
     with monkeypatch.context() as patch:
         interrupt(patch, "evaluate", 1)
         assert fail(flags) == 130
     train.main(flags)
-    assert [row["epoch"] for row in table(Path("run/metrics.csv"))] == ["1", "2", "3"]
-    train.main(["--eval", "run/best.pt", "--show", "2", "--gpu", "0"])
-    train.main(["--predict", "run/best.pt", str(files / "insects/test"), "--show", "2", "--gpu", "0"])
-    assert Path("run/show.png").exists()
-    monkeypatch.setattr(train, "BENCH", {name: train.BENCH[name] for name in ("frozen encoder", "SA2VP")})
-    train.bench({"weights": files / "vit.pth"}, train.choose_machine({}), rounds=2)
-    assert "MiB" in capsys.readouterr().out
+    out = one("runs", "*/")
+    assert [row["epoch"] for row in table(out / "metrics.csv")] == ["1", "2", "3"]
+    assert result(out)["peak_memory_mib"] > 0
+    train.main(["--eval", str(out), "--show", "2", "--gpu", "0"])
+    train.main(["--predict", str(out), str(files / "insects/test"), "--show", "2", "--gpu", "0"])
+    assert (out / "show.png").exists()
