@@ -320,7 +320,7 @@ def train(given, ablate, out, machine):
             searched = [start(settings | {"search": data.find(name).vtab}, test=False) for settings in choices]
             best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
             at_the_end = best["lr"] == given.get("lr", [None])[-1]
-            print("\nchosen:", ", ".join(f"{name} {text(best[name])}" for name in varied if name in best),
+            print("\nchosen:", ", ".join(f"{setting} {text(best[setting])}" for setting in varied if setting in best),
                   "(the last rate tried: try beyond it)" if at_the_end else "")  # fmt: skip
         if not searched or any("val_accuracy" in result for result in searched):
             tested = [start(best | {"seed": seed}) for seed in given["seed"]]
@@ -417,10 +417,10 @@ def mean(values):
 
 
 def mean_and_std(accuracies):
-    """Mean and standard deviation over the seeds, for a row of a table."""
-    accuracy = mean(accuracies)
-    several = accuracy is not None and len(accuracies) > 1
-    return {"accuracy": accuracy, "std": statistics.stdev(accuracies) if several else None, "seeds": len(accuracies)}
+    """Mean and standard deviation over the seeds, for a row of a table; None where a run is missing."""
+    accuracy, count = mean(accuracies), len(accuracies)
+    std = None if accuracy is None or count == 1 else statistics.stdev(accuracies)
+    return {"accuracy": accuracy, "std": std, "seeds": count}
 
 
 def run_name(settings):
@@ -543,8 +543,10 @@ def print_table(rows):
 
 def print_known():
     """--list: the data sets and the backbones that are known by name."""
-    print_table([dict(data=row.name, classes=row.classes, source=row.source) for row in data.ROWS])
-    print_table([dict(weights=name, normalize=known[-1], source=known[0]) for name, known in vit.BACKBONES.items()])
+    for row in data.ROWS:
+        print(f"{row.name:26}{row.classes:4} classes  {row.source}")
+    for name, (url, *_) in vit.BACKBONES.items():
+        print(f"{name:26}backbone  {url}")
 
 
 def text(value):
