@@ -223,17 +223,20 @@ def load_official(path, scale=0.1, heads=None):
     With one new prompt map in place of two (cars) it enters at layer 4. ValueError names what does not fit.
     """
     try:
-        tensors = vit.read_tensors(Path(path))
+        tensors = vit.rename(vit.flatten(vit.read_file(path)), {r"^model\.": ""})
         for name, tensor in vit.rename(take(tensors, r"cross_attn\.\d+\.att"), COPIES).items():
             if not torch.equal(tensor, tensors[name]):
                 raise ValueError(f"cross_attn has no copy of {name}")
         for name, stack in take(tensors, "deep_ppt|cross_conv").items():
             tensors |= {f"{name}.{i}": torch.atleast_2d(part) for i, part in enumerate(stack)}
-        tensors = vit.join_qkv(rename_official(tensors))
+        tensors = rename_official(tensors)
         fusion_layers = [i for i in (4, 8) if f"interactions.{i}.fusion.prompt_map.tokens" in tensors]
         if fusion_layers == [4]:
             take(tensors, r"interactions\.8\.fusion")  # the second projection is there, and nothing uses it
-        backbone = vit.vit_from_tensors(vit.rename(take(tensors, "^vit"), {r"^vit\.": ""}), heads=heads)
+        own = vit.to_timm(vit.rename(take(tensors, r"^vit\."), {r"^vit\.": ""}))
+        dim, _, patch_size, _ = own["patch_embed.proj.weight"].shape
+        image_size = patch_size * math.isqrt(own["pos_embed"].size(1) - 1)
+        backbone = vit.vit_from_tensors(own, heads or dim // 64, image_size)
         inner_dim = tensors["prompt_map.tokens"].size(-1)
         model = sa2vp.SA2VP(backbone, len(tensors["head.bias"]), inner_dim, scale, fusion_layers=fusion_layers)
         sa2vp.load_trained(model, tensors)
@@ -327,7 +330,7 @@ def literal(model, image, window, distill_layers, fusion_layers, scale=0.5):
         return scale * adapter.up(F.gelu(adapter.down(adapter.norm(z))))
 
     positions = vit.interpolate_positions(backbone.pos_embed, grids["B"], grids["P"])[0]
-    base = torch.cat([backbone.cls_token[0], backbone.patch_embed(image[None])[0]]) + backbone.pos_embed[0]
+    base = torch.cat([backbone.cls_token[0], backbone.patch_embed(image[None])[0].T]) + backbone.pos_embed[0]
     prompt = model.prompt_map.tokens[0] @ model.prompt_map.proj.weight.T + model.prompt_map.proj.bias + positions
     for i, block in enumerate(backbone.blocks):
         next_base, next_prompt = block(base[None])[0], block(prompt[None])[0]
