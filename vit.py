@@ -229,18 +229,18 @@ def vit_from_tensors(tensors, heads, image_size):
         if vit.grid != (side, side) and math.prod(vit.grid) == positions:
             raise InputError(f"pos_embed may be a grid of {side} x {side} or of {vit.grid}: take another image size")
         tensors["pos_embed"] = interpolate_positions(tensors["pos_embed"], (side, side), vit.grid)
-    load_tensors(vit, tensors)
+    load_tensors(vit.state_dict(), tensors)
     return vit
 
 
-def load_tensors(module, tensors):
-    """Loads all tensors of a module; InputError names one that is missing, left over or of another shape."""
-    expected = module.state_dict()
-    for name in [*tensors, *expected]:
-        found, wanted = (getattr(named.get(name), "shape", "nothing") for named in (tensors, expected))
-        if found != wanted:
-            raise InputError(f"{name} is {found}, expected {wanted}")
-    module.load_state_dict(tensors)
+@torch.no_grad()
+def load_tensors(own, tensors):
+    """Copies tensors into a model's own; InputError names one that is missing, left over or of another shape."""
+    for name in tensors | own:
+        found, expected = (getattr(named.get(name), "shape", "nothing") for named in (tensors, own))
+        if found != expected:
+            raise InputError(f"{name} is {found}, expected {expected}")
+        own[name].copy_(tensors[name])
 
 
 def read_file(path):
