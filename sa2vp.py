@@ -292,8 +292,8 @@ def options(method):
 
 def build(vit, num_classes, settings):
     """The method named settings["method"] on a backbone, with those of the settings that are its options."""
-    method = settings["method"]
-    return METHODS[method](vit, num_classes, **{name: settings[name] for name in options(method) if name in settings})
+    own = {name: settings[name] for name in options(settings["method"]) if name in settings}
+    return METHODS[settings["method"]](vit, num_classes, **own)
 
 
 # ---------------------------------------------------------------------- looking inside
@@ -311,8 +311,8 @@ def class_attention(model, images):
     model(images)
     hook.remove()
     q, k, _ = vit.blocks[-1].attn.project(seen[0])  # SA2VP sends the base pathway through a layer first
-    attention = (q[:, :, :1] @ k.mT / q.size(-1) ** 0.5).softmax(dim=-1)  # (batch, heads, 1, tokens)
-    return attention.mean(dim=1)[:, 0, 1 : vit.pos_embed.size(1)].unflatten(1, vit.grid)
+    attention = (q[:, :, :1] @ k.mT / q.size(-1) ** 0.5).softmax(-1)  # (batch, heads, 1, tokens)
+    return attention.mean(1)[:, 0, 1 : vit.pos_embed.size(1)].unflatten(1, vit.grid)
 
 
 @torch.inference_mode()

@@ -257,8 +257,8 @@ def read_file(path):
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         # Training scripts save their argparse.Namespace beside the weights. It is harmless data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch, numpy and json raise many kinds of errors on damaged files
         reason = "is cut short or damaged (delete it) or holds other objects than tensors (save a state_dict)"
         raise InputError(f"{path} {reason}; it begins with {start[:40]}") from error
@@ -318,7 +318,7 @@ def find_encoder(tensors):
     # Of two encoders, the one that the authors of MoCo-v3 and of DINO evaluate.
     taken = [prefix for prefix in found if re.search("base_encoder|teacher", prefix)] or found
     if len(taken) != 1:
-        raise InputError(f"it has {len(found)} ViTs ({', '.join(found or list(tensors)[:5])}): save one's state_dict")
+        raise InputError(f"it has {PATCHES} {len(found)} times, in {(found or [*tensors])[:5]}: save one state_dict")
     prefix = taken[0]
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return own, prefix, [f"{prefix[:-1]} of {len(found)} encoders in the file"] if len(found) > 1 else []
