@@ -52,26 +52,23 @@ class PromptMap(nn.Module):
         return self.proj(self.tokens)
 
 
-def aligned_neighbourhood(grid, other_grid, window):
+def aligned_neighbourhood(grid, other, window):
     """N(t) as a boolean matrix (1 + h w, 1 + h' w'): does token t attend to token u of the other map?
 
-    The class token, number 0, attends to all. A patch token attends to the patch tokens whose cell centre is within
-    window / 2 cells of the coarser grid in y and x: at equal sizes and window 3 that is 3x3, cut off at the border.
-    InputError if the window is not odd, or if some N(t) would be empty.
+    The class token attends to all, a patch token to the patch tokens whose cell centre is within window / 2 cells of
+    the coarser grid in y and x: 3x3 for window 3 at equal sizes, cut off at the border. InputError if one is empty.
     """
-    if window % 2 == 0:
-        raise InputError(f"window {window} must be odd, or none")
 
     def near(n, m):  # of n and m cells along one axis, (n, m)
         y, z = torch.arange(n)[:, None], torch.arange(m)
         # The distance of the centres (y + 0.5) / n and (z + 0.5) / m, in integers, so that no rounding decides.
         return ((2 * y + 1) * m - (2 * z + 1) * n).abs() < window * max(n, m)
 
-    patches = torch.kron(*map(near, grid, other_grid))  # (h w, h' w'): near(h, h') in y and near(w, w') in x
+    patches = torch.kron(*map(near, grid, other))  # (h w, h' w'): near(h, h') in y and near(w, w') in x
     mask = nn.functional.pad(patches, (1, 0, 1, 0))  # a row and a column of False, number 0: the class tokens
     mask[0] = True  # the class token attends to all
-    if not mask.any(1).all():
-        raise InputError(f"window {window} leaves a token of {grid} nothing to attend to in {other_grid}")
+    if window % 2 == 0 or not mask.any(1).all():
+        raise InputError(f"window {window} must be odd and leave no token of {grid} nothing to attend to in {other}")
     return mask
 
 
@@ -179,9 +176,9 @@ class SA2VP(nn.Module):
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
             raise InputError(f"fusion layers {fusion} must be a subset of distill layers {distill} of 0 to {depth - 1}")
-        half = tuple(max(1, side // 2) for side in vit.grid)
-        self.prompt_grid = grid = half if prompt_grid == "half" else prompt_grid or vit.grid
-
+        if prompt_grid == "half":
+            prompt_grid = tuple(max(1, side // 2) for side in vit.grid)
+        self.prompt_grid = grid = prompt_grid or vit.grid
         self.vit = freeze(vit, dropout)
         self.prompt_map = PromptMap(grid, inner_dim, vit.dim)
         self.interactions = nn.ModuleList(
@@ -263,8 +260,7 @@ class VPTDeep(ViTClassifier):
 
     def layer(self, i, x):
         """T_i([x ; prompts]) without the prompts' outputs. Attention ignores order, so they can come last."""
-        prompts = self.prompts[i].expand(x.size(0), -1, -1)
-        return super().layer(i, torch.cat([x, prompts], dim=1))[:, : x.size(1)]
+        return super().layer(i, torch.cat([x, self.prompts[i].expand(x.size(0), -1, -1)], dim=1))[:, : x.size(1)]
 
 
 class AdapterTuning(ViTClassifier):
@@ -362,7 +358,9 @@ def load(path, weights=None):
     meta is the rest of the file: `classes` (names), `input` (arguments of data.transform), `settings` and more. The
     backbone is in `weights`, where the run had it or, of that name, beside best.pt; that of `full` is in best.pt.
     """
-    path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path /= "best.pt"
     meta = read_checkpoint(path)
     settings = meta["settings"]
     try:
@@ -370,7 +368,9 @@ def load(path, weights=None):
         if not weights:
             raise InputError("it was trained from scratch: there is no backbone to put it on")
         beside = path.with_name(Path(weights).name)
-        vit = load_vit(beside if beside.is_file() else weights, **meta["backbone"])
+        if beside.is_file() and beside != path and not Path(weights).is_file():
+            weights = beside
+        vit = load_vit(weights, **meta["backbone"])
         if weights != path and fingerprint(vit) != meta["fingerprint"]:
             raise InputError(f"it was tuned on another backbone than {weights}: give --weights (weights=)")
         model = build(vit, len(meta["classes"]), settings)

@@ -1580,8 +1580,11 @@ def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given
             loaded, meta = sa2vp.load(file, weights=given and tmp_path / given)
             assert torch.equal(loaded(images)[0], model(images)[0]) and meta["classes"] == ["a", "b"]
             assert not loaded.training
-    with pytest.raises(vit.InputError, match=r"vit.pth: give --weights \(weights=\)"):
-        sa2vp.load(path)
+    checkpoint = sa2vp.read_checkpoint(path)
+    for name in ("vit.pth", "best.pt"):  # moved elsewhere; the second is called as the run's own
+        torch.save(checkpoint | {"settings": checkpoint["settings"] | {"weights": str(tmp_path / name)}}, path)
+        with pytest.raises(vit.InputError, match=rf"{name}: give --weights \(weights=\)"):
+            sa2vp.load(path)
     torch.save(small_vit(48, depth=4).state_dict(), weights)
     with pytest.raises(vit.InputError, match="another backbone .* give --weights"):
         sa2vp.load(path, weights)
