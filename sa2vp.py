@@ -21,11 +21,20 @@ aligned neighbourhood of token t. D and F are sets of layers. In training B_0, P
 
 import inspect
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from vit import fingerprint, interpolate_positions, load_vit
+from vit import InputError, fingerprint, interpolate_positions, load_tensors, load_vit, read_file
+
+
+class FullPrecisionLinear(nn.Linear):
+    """A linear layer in its parameters' number format, also under autocast: of heads and prompt maps."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
 
 
 class PromptMap(nn.Module):
@@ -34,7 +43,7 @@ class PromptMap(nn.Module):
     def __init__(self, grid, inner_dim, dim):
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(1, 1 + math.prod(grid), inner_dim))  # p, of width r
-        self.proj = nn.Linear(inner_dim, dim)  # W and b, r -> d
+        self.proj = FullPrecisionLinear(inner_dim, dim)  # W and b, r -> d
         nn.init.trunc_normal_(self.tokens, std=0.02)
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.normal_(self.proj.bias, std=1e-6)
@@ -43,26 +52,23 @@ class PromptMap(nn.Module):
         return self.proj(self.tokens)
 
 
-def aligned_neighbourhood(grid, other_grid, window):
+def aligned_neighbourhood(grid, other, window):
     """N(t) as a boolean matrix (1 + h w, 1 + h' w'): does token t attend to token u of the other map?
 
-    The class token, number 0, attends to all. A patch token attends to the patch tokens whose cell centre is
-    less than window / 2 cells away in y and in x, a cell being one of the coarser grid. At equal sizes and
-    window 3 that is 3x3, cut off at the border. ValueError if the window is not odd or an N(t) empty.
+    The class token attends to all, a patch token to the patch tokens whose cell centre is within window / 2 cells of
+    the coarser grid in y and x: 3x3 for window 3 at equal sizes, cut off at the border. InputError if one is empty.
     """
-    if window % 2 == 0:
-        raise ValueError(f"window {window} must be odd, or none")
 
     def near(n, m):  # of n and m cells along one axis, (n, m)
         y, z = torch.arange(n)[:, None], torch.arange(m)
         # The distance of the centres (y + 0.5) / n and (z + 0.5) / m, in integers, so that no rounding decides.
         return ((2 * y + 1) * m - (2 * z + 1) * n).abs() < window * max(n, m)
 
-    patches = torch.kron(*map(near, grid, other_grid))  # (h w, h' w'): near(h, h') in y and near(w, w') in x
+    patches = torch.kron(*map(near, grid, other))  # (h w, h' w'): near(h, h') in y and near(w, w') in x
     mask = nn.functional.pad(patches, (1, 0, 1, 0))  # a row and a column of False, number 0: the class tokens
     mask[0] = True  # the class token attends to all
-    if not mask.any(dim=1).all():
-        raise ValueError(f"window {window} leaves a token of {grid} nothing to attend to in {other_grid}")
+    if window % 2 == 0 or not mask.any(1).all():
+        raise InputError(f"window {window} must be odd and leave no token of {grid} nothing to attend to in {other}")
     return mask
 
 
@@ -108,7 +114,7 @@ class InterLayerPromptFusion(nn.Module):
     def __init__(self, grid, inner_dim, dim):
         super().__init__()
         self.prompt_map = PromptMap(grid, inner_dim, dim)
-        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i; a matrix, so that it has weight decay
+        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i; (1, d), so that it has weight decay
 
     def forward(self, layer):
         return self.gate * layer(self.prompt_map())
@@ -124,16 +130,14 @@ class BilateralInteraction(nn.Module):
     def __init__(self, vit, prompt_grid, inner_dim, scale, window, distills, fuses, last):
         super().__init__()
         grids = (prompt_grid, vit.grid) if distills else (vit.grid, prompt_grid)  # of X (queries) and Y (keys, values)
-        # In the last layer only the class token asks, and it attends to all.
-        mask = None if window is None or last else aligned_neighbourhood(*grids, window)
+        mask = None if window is None or last else aligned_neighbourhood(*grids, window)  # last: only class tokens ask
         self.cross_attention = SpatiallyAlignedCrossAttention(mask, vit.drop)
         self.adapter = PromptAdapter(vit.dim, inner_dim, vit.drop)
         self.fusion = InterLayerPromptFusion(prompt_grid, inner_dim, vit.dim) if fuses else None
         self.scale, self.distills, self.last = scale, distills, last
 
     def forward(self, layer, base, prompt):
-        """B_i (batch, 1 + N, d), P_i (batch, 1 + h' w', d) -> B_{i+1}, P_{i+1}."""
-        # P_i does not depend on the image before the first layer in D: until then it is a batch of one.
+        """B_i (batch, 1 + N, d), P_i (batch or, up to the first layer in D, 1; 1 + h' w', d) -> B_{i+1}, P_{i+1}."""
         qb, kb, vb = layer.qkv(base)
         qp, kp, vp = layer.qkv(prompt)
         kept = slice(1) if self.last else slice(None)  # only the class tokens leave the last layer
@@ -151,7 +155,7 @@ class BilateralInteraction(nn.Module):
 
 
 class SA2VP(nn.Module):
-    """A frozen ViT, tuned by a spatially aligned-and-adapted prompt map. ValueError for options out of range.
+    """A frozen ViT, tuned by a spatially aligned-and-adapted prompt map. InputError for options out of range.
 
     vit             the pre-trained backbone; it is changed in place: frozen, and given this `dropout`
     num_classes     outputs of the head, which both pathways share
@@ -171,14 +175,14 @@ class SA2VP(nn.Module):
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
-            raise ValueError(f"F, {sorted(fusion)}, must be a subset of D, {sorted(distill)}, D of 0 to {depth - 1}")
-        half = tuple(max(1, side // 2) for side in vit.grid)
-        self.prompt_grid = grid = half if prompt_grid == "half" else prompt_grid or vit.grid
-
+            raise InputError(f"fusion layers {fusion} must be a subset of distill layers {distill} of 0 to {depth - 1}")
+        if prompt_grid == "half":
+            prompt_grid = tuple(max(1, side // 2) for side in vit.grid)
+        self.prompt_grid = grid = prompt_grid or vit.grid
         self.vit = freeze(vit, dropout)
         self.prompt_map = PromptMap(grid, inner_dim, vit.dim)
         self.interactions = nn.ModuleList(
-            BilateralInteraction(vit, grid, inner_dim, scale, window, i in distill, i in fusion, last=i == depth - 1)
+            BilateralInteraction(vit, grid, inner_dim, scale, window, i in distill, i in fusion, i == depth - 1)
             for i in range(depth)
         )
         self.head = make_head(vit, num_classes)
@@ -193,7 +197,7 @@ class SA2VP(nn.Module):
         return base_logits, prompt_logits.expand_as(base_logits)
 
     def embed_prompts(self):
-        """p W_p + b_p + E_pos, (1, 1 + h' w', d). E_pos is the image's own, at the prompt map's size."""
+        """p W_p + b_p + E_pos, (1, 1 + h' w', d). E_pos is the image's, interpolated to the prompt grid."""
         return self.prompt_map() + interpolate_positions(self.vit.pos_embed, self.vit.grid, self.prompt_grid)
 
 
@@ -211,7 +215,7 @@ def freeze(vit, dropout=0.0):
 
 def make_head(vit, num_classes):
     """The linear classifier, d -> num_classes."""
-    head = nn.Linear(vit.dim, num_classes)
+    head = FullPrecisionLinear(vit.dim, num_classes)
     nn.init.trunc_normal_(head.weight, std=0.02)
     return head
 
@@ -251,13 +255,12 @@ class VPTDeep(ViTClassifier):
 
     def __init__(self, vit, num_classes, prompts=50):
         super().__init__(freeze(vit), num_classes)
-        bound = math.sqrt(6 / (3 * math.prod(vit.patch_size) + vit.dim))  # as VPT draws them
+        bound = (6 / (3 * math.prod(vit.patch_size) + vit.dim)) ** 0.5  # as VPT draws them
         self.prompts = nn.Parameter(torch.empty(len(vit.blocks), prompts, vit.dim).uniform_(-bound, bound))
 
     def layer(self, i, x):
-        """T_i([x ; prompts]) without what becomes of the prompts. Attention has no order: they may stand last."""
-        prompts = self.prompts[i].expand(len(x), -1, -1)
-        return super().layer(i, torch.cat([x, prompts], dim=1))[:, : x.size(1)]
+        """T_i([x ; prompts]) without the prompts' outputs. Attention ignores order, so they can come last."""
+        return super().layer(i, torch.cat([x, self.prompts[i].expand(x.size(0), -1, -1)], dim=1))[:, : x.size(1)]
 
 
 class AdapterTuning(ViTClassifier):
@@ -273,18 +276,20 @@ class AdapterTuning(ViTClassifier):
         return super().layer(i, x) + self.scale * self.adapters[i](x)
 
 
-METHODS = dict(sa2vp=SA2VP, vpt=VPTDeep, adapter=AdapterTuning, linear=linear_probe, full=ViTClassifier)
+METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "adapter": AdapterTuning, "linear": linear_probe, "full": ViTClassifier}
 
 
 def options(method):
-    """The names of a method's options."""
-    return set(inspect.signature(METHODS[method]).parameters) - {"vit", "num_classes"}
+    """Names of a method's options, a set; InputError if there is no such method."""
+    if method not in METHODS:
+        raise InputError(f"there is no method {method}: take one of {', '.join(METHODS)}")
+    return inspect.signature(METHODS[method]).parameters.keys() - {"vit", "num_classes"}
 
 
 def build(vit, num_classes, settings):
     """The method named settings["method"] on a backbone, with those of the settings that are its options."""
-    method = settings["method"]
-    return METHODS[method](vit, num_classes, **{name: settings[name] for name in options(method) if name in settings})
+    own = {name: settings[name] for name in options(settings["method"]) if name in settings}
+    return METHODS[settings["method"]](vit, num_classes, **own)
 
 
 # ---------------------------------------------------------------------- looking inside
@@ -302,8 +307,8 @@ def class_attention(model, images):
     model(images)
     hook.remove()
     q, k, _ = vit.blocks[-1].attn.project(seen[0])  # SA2VP sends the base pathway through a layer first
-    attention = (q[:, :, :1] @ k.mT / math.sqrt(q.size(-1))).softmax(dim=-1)  # (batch, heads, 1, tokens)
-    return attention.mean(dim=1)[:, 0, 1 : vit.pos_embed.size(1)].unflatten(1, vit.grid)
+    attention = (q[:, :, :1] @ k.mT / q.size(-1) ** 0.5).softmax(-1)  # (batch, heads, 1, tokens)
+    return attention.mean(1)[:, 0, 1 : vit.pos_embed.size(1)].unflatten(1, vit.grid)
 
 
 @torch.inference_mode()
@@ -316,7 +321,7 @@ def prompting_strength(model, images):
     for layer, interaction in zip(model.vit.blocks[:-1], model.interactions):
         unprompted = layer(base)
         base, prompt = interaction(layer, base, prompt)
-        strength = strength + (base - unprompted)[:, 1:].norm(dim=-1)  # (batch, N)
+        strength += (base - unprompted)[:, 1:].norm(dim=-1)  # (batch, N)
     return strength.unflatten(1, model.vit.grid)
 
 
@@ -329,9 +334,8 @@ def trained_parameters(model):
 
 
 def load_trained(model, tensors):
-    """Puts `trained_parameters` back; RuntimeError names what is missing, left over or of another shape."""
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    model.load_state_dict(frozen | tensors)
+    """Puts `trained_parameters` back; InputError names one that is missing, left over or of another shape."""
+    load_tensors(trained_parameters(model), tensors)
 
 
 def count_trained(model):
@@ -340,34 +344,37 @@ def count_trained(model):
 
 
 def read_checkpoint(path):
-    """What a best.pt or last.pt holds, a dict; nothing in it is executed. ValueError if it is something else."""
-    required = "trained settings classes backbone fingerprint input root history".split()
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in required} | checkpoint  # KeyError if it lacks one
-    except OSError:
-        raise
-    except Exception as error:  # torch raises whatever the bytes happen to provoke
-        raise ValueError(f"{path} is no checkpoint of this project") from error
+    """What a best.pt or last.pt holds, a dict; nothing in it is executed. InputError if it is something else."""
+    checkpoint = read_file(path)
+    for name in "trained settings classes backbone fingerprint input root history".split():
+        if name not in checkpoint:
+            raise InputError(f"{path} is no checkpoint of this version: it has no {name}")
+    return checkpoint
 
 
 def load(path, weights=None):
-    """Reads a tuned model, `best.pt`: (model in evaluation mode, meta).
+    """Reads a tuned model, `best.pt` or its folder: (model in evaluation mode, meta); InputError if it does not fit.
 
-    meta is what else the file says, a dict: `classes` (names), `input` (arguments of data.transform), `settings`
-    and more. `weights` tells where the backbone is, if not where the run had it. FileNotFoundError if a file is
-    not there, ValueError if it is no checkpoint of this project or was tuned on another backbone.
+    meta is the rest of the file: `classes` (names), `input` (arguments of data.transform), `settings` and more. The
+    backbone is in `weights`, where the run had it or, of that name, beside best.pt; that of `full` is in best.pt.
     """
+    path = Path(path)
+    if path.is_dir():
+        path /= "best.pt"
     meta = read_checkpoint(path)
-    weights = weights or meta["settings"]["weights"]
-    if weights is None:
-        raise ValueError(f"{path} was trained from scratch: there is no backbone to put it on")
-    vit = load_vit(weights, **meta["backbone"])
-    if fingerprint(vit) != meta["fingerprint"]:
-        raise ValueError(f"{path} was tuned on another backbone than {weights}")
+    settings = meta["settings"]
     try:
-        model = build(vit, len(meta["classes"]), meta["settings"])
+        weights = path if settings["method"] == "full" else weights or settings["weights"]
+        if not weights:
+            raise InputError("it was trained from scratch: there is no backbone to put it on")
+        beside = path.with_name(Path(weights).name)
+        if beside.is_file() and beside != path and not Path(weights).is_file():
+            weights = beside
+        vit = load_vit(weights, **meta["backbone"])
+        if weights != path and fingerprint(vit) != meta["fingerprint"]:
+            raise InputError(f"it was tuned on another backbone than {weights}: give --weights (weights=)")
+        model = build(vit, len(meta["classes"]), settings)
         load_trained(model, meta.pop("trained"))
-    except (KeyError, RuntimeError) as error:  # a method or a tensor that does not exist
-        raise ValueError(f"{path} does not fit this version: {error}") from None
+    except (KeyError, TypeError, InputError) as error:  # of settings or tensors that do not fit
+        raise InputError(f"cannot load {path}: {error}") from error
     return model.eval(), meta

@@ -232,17 +232,20 @@ def load_official(path, scale=0.1, heads=None):
     With one new prompt map in place of two (cars) it enters at layer 4. ValueError names what does not fit.
     """
     try:
-        tensors = vit.read_tensors(Path(path))
+        tensors = vit.rename(vit.flatten(vit.read_file(path)), {r"^model\.": ""})
         for name, tensor in vit.rename(take(tensors, r"cross_attn\.\d+\.att"), COPIES).items():
             if not torch.equal(tensor, tensors[name]):
                 raise ValueError(f"cross_attn has no copy of {name}")
         for name, stack in take(tensors, "deep_ppt|cross_conv").items():
             tensors |= {f"{name}.{i}": torch.atleast_2d(part) for i, part in enumerate(stack)}
-        tensors = vit.join_qkv(rename_official(tensors))
+        tensors = rename_official(tensors)
         fusion_layers = [i for i in (4, 8) if f"interactions.{i}.fusion.prompt_map.tokens" in tensors]
         if fusion_layers == [4]:
             take(tensors, r"interactions\.8\.fusion")  # the second projection is there, and nothing uses it
-        backbone = vit.vit_from_tensors(vit.rename(take(tensors, "^vit"), {r"^vit\.": ""}), heads=heads)
+        own = vit.to_timm(vit.rename(take(tensors, r"^vit\."), {r"^vit\.": ""}))
+        dim, _, patch_size, _ = own["patch_embed.proj.weight"].shape
+        image_size = patch_size * math.isqrt(own["pos_embed"].size(1) - 1)
+        backbone = vit.vit_from_tensors(own, heads or dim // 64, image_size)
         inner_dim = tensors["prompt_map.tokens"].size(-1)
         model = sa2vp.SA2VP(backbone, len(tensors["head.bias"]), inner_dim, scale, fusion_layers=fusion_layers)
         sa2vp.load_trained(model, tensors)
@@ -336,7 +339,7 @@ def literal(model, image, window, distill_layers, fusion_layers, scale=0.5):
         return scale * adapter.up(F.gelu(adapter.down(adapter.norm(z))))
 
     positions = vit.interpolate_positions(backbone.pos_embed, grids["B"], grids["P"])[0]
-    base = torch.cat([backbone.cls_token[0], backbone.patch_embed(image[None])[0]]) + backbone.pos_embed[0]
+    base = torch.cat([backbone.cls_token[0], backbone.patch_embed(image[None])[0].T]) + backbone.pos_embed[0]
     prompt = model.prompt_map.tokens[0] @ model.prompt_map.proj.weight.T + model.prompt_map.proj.bias + positions
     for i, block in enumerate(backbone.blocks):
         next_base, next_prompt = block(base[None])[0], block(prompt[None])[0]
@@ -435,6 +438,27 @@ def test_dropout_of_one_rate_is_on_both_pathways_the_encoder_and_the_adapters():
         assert 0.3 < (tokens == 0).double().mean() < 0.7
 
 
+@pytest.mark.parametrize("method", ["sa2vp", "vpt", "adapter", "linear"])
+def test_with_frozen_weights_in_bfloat16_residual_streams_and_logits_are_float32(method):
+    model = sa2vp.build(small_vit(), 3, {"method": method, "dropout": 0.0})
+    images, labels, found = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), set()
+
+    def gradients(logits):
+        return torch.autograd.grad(sa2vp.two_pathway_loss(logits, labels), sa2vp.trained_parameters(model).values())
+
+    expected = gradients(model(images))
+    for module in model.vit.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.bfloat16()
+        elif isinstance(module, torch.nn.LayerNorm):  # what it is given is a residual stream
+            module.register_forward_pre_hook(lambda _, inputs: found.add(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    assert found | {scores.dtype for scores in logits} == {torch.float32}
+    for ours, exact in zip(gradients(logits), expected):
+        assert ours.dtype == torch.float32 and (ours - exact).norm() < 0.1 * exact.norm()
+
+
 def test_initialisation_is_the_methods():
     model = sa2vp.SA2VP(vit.VisionTransformer(64, 16, 256, 5, 4), 50, inner_dim=16)
     for name, tensor in sa2vp.trained_parameters(model).items():
@@ -477,6 +501,25 @@ def test_adapter_tuning_adds_the_adapters_message_to_every_layer():
     torch.testing.assert_close(model(images)[0], model.head(model.vit.norm(x[:, 0])))
 
 
+@pytest.mark.parametrize("method", sa2vp.METHODS)
+def test_a_model_is_exported_for_batches_of_any_size(method):
+    model = sa2vp.build(small_vit(), 3, {"method": method}).eval()
+    dynamic = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=dynamic).module()
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(exported(images), model(images))
+
+
+def test_a_method_has_the_options_of_its_signature():
+    assert sa2vp.options("vpt") == {"prompts"} and sa2vp.options("adapter") == {"inner_dim", "scale", "dropout"}
+    assert sa2vp.options("linear") == sa2vp.options("full") == set() and "window" in sa2vp.options("sa2vp")
+    model = sa2vp.build(small_vit(), 3, {"method": "vpt", "prompts": 7, "window": 3})
+    assert model.prompts.shape == (5, 7, 16)
+    with pytest.raises(vit.InputError, match="no method magic"):
+        sa2vp.options("magic")
+
+
 @torch.inference_mode()
 def test_the_attention_that_is_shown_is_the_base_pathways_in_the_last_layer():
     model, images, seen = small_model(), small_images(), []
@@ -512,6 +555,8 @@ def test_vit_equals_torchvision_with_the_same_weights(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
     ours = vit.load_vit(tmp_path / "vit.pth", 64)
     assert ours.normalize == "imagenet"
+    assert ours.notes == [f"{what} assumed{value} (--{flag} changes it)" for what, value, flag in
+                          (("heads", ": 2", "heads"), ("ImageNet normalization", "", "normalize"))]  # fmt: skip
     theirs.heads, images = torch.nn.Identity(), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
 
@@ -543,10 +588,8 @@ def test_google_npz_gives_weights_heads_and_normalization(tmp_path):
         arrays[name] = tensor.unflatten(0, (2, -1)) if name.endswith("out/kernel") else tensor
     np.savez(tmp_path / "vit.npz", **arrays)
     loaded = vit.load_vit(tmp_path / "vit.npz", image_size=32)
-    assert loaded.blocks[0].attn.heads == 2 and loaded.normalize == "half"
+    assert loaded.blocks[0].attn.heads == 2 and loaded.normalize == "half" and loaded.notes == []
     torch.testing.assert_close(loaded.state_dict(), backbone.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="it has 2 heads, not 4"):
-        vit.load_vit(tmp_path / "vit.npz", image_size=32, heads=4)
 
 
 def safetensors(tensors, dtype="F32"):
@@ -564,7 +607,7 @@ def test_timm_names_load_from_safetensors_and_from_pth_bare_or_wrapped_and_heads
     backbone = small_vit().to(dtype)
     others = ("head.weight", "fc_norm.bias", "mask_token", "decoder_pos_embed")
     state = backbone.state_dict() | {name: torch.zeros(1, dtype=dtype) for name in others}
-    (tmp_path / "vit.safetensors").write_bytes(safetensors(state, code))
+    (tmp_path / "2fb4").write_bytes(safetensors(state, code))  # the first bytes tell its kind, not its name
     torch.save(state, tmp_path / "bare.pth")
     torch.save({"model": state, "args": argparse.Namespace(lr=1)}, tmp_path / "deit.pth")
     torch.save({"state_dict": state}, tmp_path / "wrapped.pth")
@@ -576,6 +619,101 @@ def test_timm_names_load_from_safetensors_and_from_pth_bare_or_wrapped_and_heads
         vit.load_vit(tmp_path / "bare.pth", image_size=32)
 
 
+def pytorch(prefix="", **others):
+    """A function that gives a state dict other names, with something in front of them, beside other tensors."""
+    return lambda state: {f"{prefix}{name}": tensor for name, tensor in state.items()} | others
+
+
+def hugging_face(block, names):
+    """A function that gives a state dict the names of HuggingFace's transformers."""
+    table = {r"^(cls_token|pos_embed)": r"embeddings.\1", "pos_embed": "position_embeddings",
+             r"^patch_embed\.proj": "embeddings.patch_embeddings.projection", r"^norm\.": "layernorm.",
+             r"^blocks\.": block, "attn.": "attention."}  # fmt: skip
+    return lambda state: vit.rename(split_qkv(dict(state)), table | names) | {"pooler.dense.bias": torch.ones(16)}
+
+
+DENSE = {r"attention\.(query|key|value)": r"attention.attention.\1", r"attention\.proj": "attention.output.dense"}
+SHORT = {f"attention.{name}": f"attention.{name[0]}_proj" for name in ("query", "key", "value")}
+NORMS = {r"norm1\.": "layernorm_before.", r"norm2\.": "layernorm_after."}
+STEMS = {  # how files of the same backbone are named
+    "ddp": pytorch("module.", **{"optimizer": torch.ones(1)}),
+    "compiled": lambda state: {"epoch": 3, "weights": pytorch("_orig_mod.")(state)},
+    "lightning": lambda state: {"state_dict": pytorch("model.backbone.", **{"criterion.weight": torch.ones(2)})(state)},
+    "moco": lambda state: {"state_dict": pytorch("module.base_encoder.")(state)
+                           | pytorch("module.momentum_encoder.")({name: -t for name, t in state.items()})
+                           | {"module.predictor.0.weight": torch.ones(2)}},
+    "dino": lambda state: {"student": pytorch("module.backbone.")({name: -t for name, t in state.items()}),
+                           "teacher": pytorch("backbone.", **{"head.mlp.0.weight": torch.ones(2)})(state)},
+    "transformers": hugging_face("encoder.layer.", DENSE | NORMS | {"mlp.fc1": "intermediate.dense",
+                                                                    "mlp.fc2": "output.dense"}),
+    "transformers 5": hugging_face("layers.", SHORT | NORMS | {r"attention\.proj": "attention.o_proj"}),
+    "classifier": lambda state: pytorch("vit.", **{"classifier.weight": torch.ones(2)})(STEMS["transformers"](state)),
+    "mask": lambda state: STEMS["transformers"](state) | {"embeddings.mask_token": torch.ones(1, 16)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STEMS)
+def test_a_backbone_is_found_under_every_publishers_names_and_behind_any_others(tmp_path, kind):
+    state = small_vit().state_dict()
+    torch.save(STEMS[kind](state), tmp_path / "vit.bin")
+    loaded = vit.load_vit(tmp_path / "vit.bin", image_size=32, heads=2, normalize="half")
+    torch.testing.assert_close(loaded.state_dict(), state, rtol=0, atol=0)
+    taken = {"moco": "state_dict.module.base_encoder", "dino": "teacher.backbone"}.get(kind)
+    assert loaded.notes == ([f"{taken} of 2 encoders in the file"] if taken else [])
+
+
+LAYER_SCALE = {"timm": ("ls1.gamma", "ls2.gamma"), "transformers": ("layer_scale1.lambda1", "layer_scale2.lambda1")}
+
+
+@pytest.mark.parametrize("kind", LAYER_SCALE)
+def test_layer_scale_is_folded_into_the_layers_before_it(tmp_path, kind):
+    backbone, images = small_vit(), torch.randn(2, 3, 32, 32)
+    state, gains = dict(backbone.state_dict()), torch.randn(5, 2, 16)
+    if kind == "transformers":  # DINOv2's names there
+        state = hugging_face("encoder.layer.", DENSE)(state)
+    block = "encoder.layer" if kind == "transformers" else "blocks"
+    for i, layer in enumerate(backbone.blocks):
+        state |= {f"{block}.{i}.{name}": gain for name, gain in zip(LAYER_SCALE[kind], gains[i])}
+        layer.attn.proj.register_forward_hook(lambda _, inputs, output, gain=gains[i, 0]: gain * output)
+        layer.mlp.fc2.register_forward_hook(lambda _, inputs, output, gain=gains[i, 1]: gain * output)
+    torch.save(state, tmp_path / "vit.pth")
+    loaded = vit.load_vit(tmp_path / "vit.pth", 32, heads=2)
+    torch.testing.assert_close(loaded(images), backbone(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix, dim, heads", [("", 1280, 16), ("", 1408, 16), ("", 1664, 16), ("", 384, 6),
+                                                ("module.base_encoder.", 384, 12)])  # fmt: skip
+def test_heads_are_assumed_as_published_and_that_is_noted(tmp_path, prefix, dim, heads):
+    state = vit.VisionTransformer(4, 4, dim, 1, 1, mlp_ratio=4 / dim).state_dict()
+    torch.save(pytorch(prefix)(state), tmp_path / "vit.pth")
+    loaded = vit.load_vit(tmp_path / "vit.pth", 4, normalize="half")
+    assert loaded.blocks[0].attn.heads == heads
+    assert loaded.notes == [f"heads assumed: {heads} (--heads changes it)"]
+
+
+def test_heads_and_normalization_are_those_of_the_configuration_beside_the_link_to_a_file(tmp_path):
+    half, imagenet = ({"mean": mean, "std": std} for mean, std in vit.NORMALIZE.values())
+    torch.save(small_vit().state_dict(), tmp_path / "2fb4")
+    link, other = tmp_path / "snapshot/model.safetensors", {"image_mean": [0.48] * 3, "image_std": [0.26] * 3}
+    for config, preprocessor, expected in (
+        ({"pretrained_cfg": half}, None, "half"),  # timm's
+        ({"pretrained_cfg": imagenet}, None, "imagenet"),
+        ({"num_attention_heads": 4}, {f"image_{name}": value for name, value in half.items()}, "half"),  # HuggingFace's
+        ({}, other, "give --normalize"),
+        ({}, [1], "preprocessor_config.json is damaged"),
+    ):
+        shutil.rmtree(link.parent, ignore_errors=True)
+        write(link.parent, {"config.json": config, "preprocessor_config.json": json.dumps(preprocessor or {})})
+        link.symlink_to("../2fb4")
+        heads = None if "num_attention_heads" in config else 2
+        if " " in expected:
+            with pytest.raises(vit.InputError, match=expected):
+                vit.load_vit(link, 32, heads=heads)
+        else:
+            loaded = vit.load_vit(link, 32, heads=heads)
+            assert (loaded.normalize, loaded.blocks[0].attn.heads, loaded.notes) == (expected, heads or 4, [])
+
+
 def test_position_embeddings_are_interpolated_to_another_grid(tmp_path):
     backbone = small_vit(image_size=64)
     torch.save(backbone.state_dict(), tmp_path / "vit.pth")
@@ -584,39 +722,65 @@ def test_position_embeddings_are_interpolated_to_another_grid(tmp_path):
     positions = backbone.pos_embed[0, 1:].T.reshape(1, 16, 4, 4)
     expected = F.interpolate(positions, (2, 6), mode="bicubic").reshape(16, 12).T
     torch.testing.assert_close(loaded.pos_embed[0, 1:], expected)
+    with pytest.raises(vit.InputError, match="pos_embed may be a grid of 4 x 4 or"):
+        vit.load_vit(tmp_path / "vit.pth", image_size=(32, 128), heads=2)
 
 
-MISFITS = {"blocks.1.mlp.fc2.bias": None, "patch_embed.proj.weight": None, "surplus": 1, "norm.bias": 3, "pos_embed": 5}
-OF_ANOTHER = ("blocks.0.ls1.gamma", "blocks.0.gamma_1", "reg_token", "register_tokens", "dist_token")
+MISFITS = {  # a tensor that is left out (None), or added or put in its place with a shape
+    "blocks.1.mlp.fc2.bias": None, "patch_embed.proj.weight": None, "pos_embed": None, "surplus": 1, "norm.bias": 3,
+    "module.patch_embed.proj.weight": 1, "class_token": 16,
+    "blocks.0.gamma_1": 16, "reg_token": 16, "register_tokens": 16, "dist_token": 16,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name, shape", [*MISFITS.items(), *((name, 16) for name in OF_ANOTHER)])
-def test_a_missing_left_over_or_misshapen_tensor_is_named(tmp_path, name, shape):
-    state = small_vit().state_dict()
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_missing_left_over_misshapen_or_second_tensor_is_named(tmp_path, name):
+    state, shape = small_vit().state_dict(), MISFITS[name]
     state.pop(name, None)
     torch.save(state | ({name: torch.ones(shape)} if shape else {}), tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=f"{name} .*another architecture" if shape == 16 else name):
+    with pytest.raises(vit.InputError, match=name.replace("class_token", "mean cls_token").removeprefix("module.")):
         vit.load_vit(tmp_path / "vit.pth", image_size=32, heads=2)
 
 
 @pytest.mark.parametrize(
-    "part, damaged, says",
+    "part, damaged",
     [
-        (b"@@", b"@", "b overlaps .* or is cut off"),  # in float32 3.0 is 00@@
-        (b"@@", b"@@0", "1 bytes too many"),
-        (b"F32", b"I64", "a is of type I64"),
-        (b"\0{", b"\1{", "header is longer than the file"),
-        (b"{", b"[", "Expecting"),
-        (b"[8, 20]", b"[4, 16]", "b overlaps"),
-        (b"[3]", b"[4]", "b overlaps"),
-        (b"[3]", b"333", "header is not"),
+        (b"@@", b"@"),  # in float32 3.0 is 00@@
+        (b"F32", b"I64"),
+        (b"\0{", b"\1{"),
+        (b"{", b"["),
+        (b"[8, 20]", b"[4, 16]"),
+        (b"[3]", b"[4]"),
+        (b"[3]", b"333"),
     ],
 )
-def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path, part, damaged, says):
+def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path, part, damaged):
     content = safetensors({"a": torch.ones(2), "b": torch.arange(1.0, 4.0)})
     (tmp_path / "vit.safetensors").write_bytes(content.replace(part, damaged))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(vit.InputError, match="vit.safetensors is cut short or damaged") as refused:
         vit.load_vit(tmp_path / "vit.safetensors")
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_file_of_tensors_is_refused_by_what_it_begins_with_or_holds(tmp_path):
+    path, state = tmp_path / "vit.pth", small_vit().state_dict()
+    for content, says in (
+        (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYPE html>"),
+        (b"version https://git-lfs.github.com/spec/v1", "begins with b'version https://git-lfs"),
+        (b"", "begins with b''"),
+        (torch.nn.Linear(2, 2), "save a state_dict"),
+        (torch.ones(3), "save a state_dict"),
+        ({"net": {"conv1.weight": torch.ones(2)}}, "0 times, in ['net.conv1.weight']"),
+        ({1: torch.ones(2)}, "0 times, in ['1']"),
+        ({"model": state, "ema": state}, "2 times, in ['model.', 'ema.']"),
+    ):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(vit.InputError, match=re.escape(says)) as refused:
+            vit.load_vit(path)
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    for missing in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(vit.InputError, match="there is no file"):
+            vit.load_vit(missing)
 
 
 def test_a_fingerprint_tells_backbones_apart_by_any_tensor():
@@ -657,21 +821,44 @@ def server(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_weights_by_name_are_downloaded_once_and_never_kept_damaged(server, run, command, files, monkeypatch, capsys):
-    content, cache = (files / "vit.pth").read_bytes(), Path("cache")
+def test_weights_by_name_are_downloaded_once_and_never_kept_damaged(server, files, tmp_path, monkeypatch):
+    content, cache = (files / "vit.pth").read_bytes(), tmp_path / "cache"
     digits = hashlib.sha256(content).hexdigest()[:8]
     monkeypatch.setattr(torch.hub, "get_dir", lambda: cache)
     for published, known in ((content, "00000000"), (content[:-99], None), (content, digits)):
         write(server.folder, {"tiny.pth": published})
         monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", known, "half"))
         if known != digits:  # a wrong checksum; cut short, and none is known
-            assert "fetch it and give --weights PATH" in refusal(capsys, command("--weights", "deit-tiny"))
+            with pytest.raises(vit.InputError, match="fetch it and give --weights PATH"):
+                vit.load_vit("deit-tiny")
             assert not list(cache.rglob("*.*"))
-    out = run("--weights", "deit-tiny")
-    assert "deit-tiny: width 64, 5 layers, 1 heads, patch 32, image 224, normalization half" in capsys.readouterr().out
+    vit.load_vit("deit-tiny")
     shutil.rmtree(server.folder)
-    assert sa2vp.load(out / "best.pt")[1]["backbone"]["normalize"] == "half"
+    loaded = vit.load_vit("deit-tiny")
+    assert (loaded.dim, loaded.normalize, loaded.notes) == (64, "half", [])
     assert [path.name for path in cache.rglob("*.*")] == ["deit-tiny.pth"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, None])
+def test_two_downloads_at_once_do_not_disturb_one_another(files, tmp_path, monkeypatch, error):
+    place, parts = tmp_path / "checkpoints/deit-tiny.pth", []
+
+    def fetch(url, part, sha256):
+        parts.append(Path(part))
+        shutil.copy(files / "vit.pth", part)
+        if len(parts) == 1:
+            vit.download("deit-tiny")  # as another process would, in the meantime
+            if error:
+                raise error
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    if error is KeyboardInterrupt:
+        with pytest.raises(error):
+            vit.download("deit-tiny")
+    else:
+        assert vit.download("deit-tiny") == place
+    assert len(set(parts)) == 2 and place not in parts and os.listdir(place.parent) == [place.name]
 
 
 # ---------------------------------------------------------------------- training
@@ -1427,6 +1614,86 @@ def test_the_default_run_pretrains_its_backbone_once_and_resumes_after_an_interr
     assert sorted(os.listdir("runs")) == ["shapes-sa2vp-epochs1", "shapes-vit"]
     assert os.listdir("elsewhere") == ["shapes-linear-epochs1"]
     assert vit.load_vit("runs/shapes-vit/best.pt", data.SIDE).normalize == "imagenet"
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A function that makes a checkpoint in the folder `run`, for the weights in vit.pth; (its path, model)."""
+    torch.save(small_vit(48).state_dict(), tmp_path / "vit.pth")
+
+    def tuned(method="vpt", **changed):
+        torch.manual_seed(1)
+        backbone = vit.load_vit(tmp_path / "vit.pth", 48, 2, "half")
+        meta = {"settings": {"method": method, "weights": str(tmp_path / "vit.pth"), "prompts": 3}, "history": [],
+                "backbone": {"image_size": (48, 48), "heads": 2, "normalize": "half"}, "classes": ["a", "b"],
+                "input": {}, "root": "data", "fingerprint": vit.fingerprint(backbone)}  # fmt: skip
+        model = sa2vp.build(backbone, 2, meta["settings"]).eval()
+        for parameter in sa2vp.trained_parameters(model).values():
+            torch.nn.init.normal_(parameter, std=0.3)
+        path = tmp_path / "run/best.pt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save(meta | {"trained": sa2vp.trained_parameters(model)} | changed, path)
+        return path, model
+
+    return tuned
+
+
+def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given(tuned, tmp_path):
+    (path, model), images = tuned(), torch.randn(2, 3, 48, 48)
+    weights = tmp_path / "vit.pth"
+    for place, given in ((weights, None), (path.with_name("vit.pth"), None), (tmp_path / "other.pth", "other.pth")):
+        weights = weights.rename(place)
+        for file in (path, str(path.parent)):
+            loaded, meta = sa2vp.load(file, weights=given and tmp_path / given)
+            assert torch.equal(loaded(images)[0], model(images)[0]) and meta["classes"] == ["a", "b"]
+            assert not loaded.training
+    checkpoint = sa2vp.read_checkpoint(path)
+    for name in ("vit.pth", "best.pt"):  # moved elsewhere; the second is called as the run's own
+        torch.save(checkpoint | {"settings": checkpoint["settings"] | {"weights": str(tmp_path / name)}}, path)
+        with pytest.raises(vit.InputError, match=rf"{name}: give --weights \(weights=\)"):
+            sa2vp.load(path)
+    torch.save(small_vit(48, depth=4).state_dict(), weights)
+    with pytest.raises(vit.InputError, match="another backbone .* give --weights"):
+        sa2vp.load(path, weights)
+
+
+def test_a_fully_tuned_model_needs_no_backbone_and_is_one_with_its_own_heads_and_normalization(tuned, tmp_path):
+    (path, model), images = tuned("full"), torch.randn(2, 3, 48, 48)
+    (tmp_path / "vit.pth").unlink()
+    assert torch.equal(sa2vp.load(path)[0](images)[0], model(images)[0])
+    backbone = vit.load_vit(path, 48)
+    assert torch.equal(backbone(images), model.vit(images))
+    assert backbone.normalize == "half" and backbone.notes == []
+
+
+def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence(tuned, tmp_path):
+    path, _ = tuned()
+    settings, trained = (sa2vp.read_checkpoint(path)[name] for name in ("settings", "trained"))
+    for changed, says in (
+        ({"trained": trained | {"prompts": torch.ones(1)}}, "prompts is"),
+        ({"trained": trained | {3: torch.ones(1)}}, "3 is .* expected nothing"),
+        ({"trained": {}}, "prompts is nothing"),
+        ({"settings": settings | {"method": "x"}}, "no method x"),
+        ({"settings": settings | {"prompts": "x"}}, "cannot load"),
+        ({"settings": settings | {"weights": None}}, "trained from scratch"),
+        ({"settings": {}}, "method"),
+        ({"backbone": {"patches": 3}}, "patches"),
+    ):
+        with pytest.raises(vit.InputError, match=says) as refused:
+            sa2vp.load(tuned(**changed)[0])
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    content = tuned()[0].read_bytes()
+    torch.save({"trained": {}}, tmp_path / "older.pt")
+    for name, written, says in (
+        ("last.pt", content[:-500], "last.pt is cut short or damaged .delete it"),
+        ("best.pt", content[: len(content) // 2], "best.pt is cut short or damaged .delete it"),
+        ("older.pt", (tmp_path / "older.pt").read_bytes(), "older.pt is no checkpoint of .*: it has no settings"),
+    ):
+        (tmp_path / name).write_bytes(written)
+        with pytest.raises(vit.InputError, match=says):
+            sa2vp.read_checkpoint(tmp_path / name)
+    with pytest.raises(vit.InputError, match="cannot read absent.pt: No such file"):
+        sa2vp.load("absent.pt")
 
 
 # ---------------------------------------------------------------------- the command line, files and words
