@@ -967,8 +967,10 @@ def test_matrix_products_are_in_the_machines_dtype_and_float16_has_a_scaler(sett
         seen.clear()
         train.fit(settings(), tmp_path / str(dtype), CPU._replace(dtype=dtype))
         scaler = checkpoint(tmp_path / str(dtype) / "last.pt")["scaler"]
-        assert {x.dtype for module, x in seen if module.out_features != 2} == {dtype}
-        assert {module.weight.dtype for module, x in seen if not module.weight.requires_grad} == {dtype}
+        full = [isinstance(module, sa2vp.FullPrecisionLinear) for module, _ in seen]  # heads and prompt maps
+        assert {x.dtype for (_, x), is_full in zip(seen, full) if is_full} == {torch.float32}
+        assert {x.dtype for (_, x), is_full in zip(seen, full) if not is_full} == {dtype}
+        assert {module.weight.dtype for module, _ in seen if not module.weight.requires_grad} == {dtype}
         assert bool(scaler) == (dtype == torch.float16)
     steps = scaler["_growth_tracker"]
     assert steps > 0

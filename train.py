@@ -218,7 +218,7 @@ def prepare(settings, machine):
     else:
         backbone = vit.VisionTransformer(size, **SMALL_VIT)
     splits = data.load(row, machine.root, settings["search"])
-    print(f"{row.name}: {splits.describe()}\n{weights or 'from scratch'}: {backbone.describe()}")
+    print(f"{row.name}: {splits.describe()}", f"{weights or 'from scratch'}: {backbone.describe()}", *backbone.notes, sep="\n")
     print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
 
     mean, std = vit.NORMALIZE[backbone.normalize]
