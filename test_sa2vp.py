@@ -927,8 +927,8 @@ def listed(pictures, lists, form, name="{n}/{split}{i}{n}.jpg", counts={"train":
     return found
 
 
-def ids(pairs, prefix=""):
-    return {prefix + name: (295, 1010)[label] for name, label in pairs}
+def ids(pairs):
+    return {name: (295, 1010)[label] for name, label in pairs}
 
 
 def by_class(pairs):
@@ -945,16 +945,15 @@ CLEVR = listed(
     VTAB, f"{VTAB}{{}}.txt", lambda pairs: "\n".join(f"{name} {label}" for name, label in pairs),
     counts={"train800": 8, "val200": 2, "train800val200": 10, "test": 4},
 )  # fmt: skip
+CARS = listed("stanford_cars/", "stanford_cars/{}.json", ids, "cars_{split}/cars_{split}/{split}{i}{n}.jpg")
+CARS = json.loads(json.dumps(CARS).replace("cars_val", "cars_train"))  # validation images are training images
 BATCHES = dict.fromkeys([f"data_batch_{i}" for i in range(1, 6)], 4) | {"test_batch": 8}
 LAYOUTS = {  # name: a small copy, of 16 pictures for training, 4 for validation and 8 for testing
     "cub": listed("CUB_200_2011/images/", "CUB_200_2011/{}.json", ids),
     "nabirds": listed("nabirds/images/", "nabirds/{}.json", ids),
     "flowers": listed("flowers-102/", "flowers-102/{}.json", ids, "jpg/{split}{i}{n}.jpg"),
     "dogs": listed("dogs/Images/", "dogs/{}.json", ids),
-    "cars": listed(  # named as they are packed nowadays, and packed as they were before
-        "stanford_cars/", "stanford_cars/{}.json", lambda pairs: ids(pairs, "cars_train/"),
-        "cars_train/{split}{i}{n}.jpg",
-    ),
+    "cars": CARS,
     "vtab/clevr_count": CLEVR,
     "hta/cifar10": cifar("cifar-10-batches-py", BATCHES, "labels", **{"batches.meta": {"label_names": "ab"}}),
     "hta/cifar100": cifar("cifar-100-python", {"train": 20, "test": 8}, "fine_labels", meta={"fine_label_names": "ab"}),
@@ -983,7 +982,7 @@ def test_every_layout_is_read(tmp_path, monkeypatch, name):
         scipy.io = scipy
         monkeypatch.setitem(sys.modules, "scipy", scipy)
         monkeypatch.setitem(sys.modules, "scipy.io", scipy)
-    *parts, classes, _ = splits = data.load(data.find(name), tmp_path)
+    *parts, classes, _, _ = splits = data.load(data.find(name), tmp_path)
     counts = [np.bincount([label for _, label in part], minlength=2).tolist() for part in parts]
     assert counts == ([[10, 10], [0, 0], [4, 4]] if name.startswith("vtab") else [[8, 8], [2, 2], [4, 4]])
     for picture, label in sum(parts, []):
@@ -994,9 +993,23 @@ def test_every_layout_is_read(tmp_path, monkeypatch, name):
         assert name == "cars" or data.load(data.find(f"hta/{name}"), tmp_path) == splits
 
 
+@pytest.mark.parametrize("flat", [["train"], ["test"], ["train", "test"]])
+def test_each_folder_of_cars_may_be_packed_with_or_without_its_name_twice(tmp_path, flat):
+    def packed(path):
+        for part in flat:
+            path = path.replace(f"cars_{part}/cars_{part}/", f"cars_{part}/")
+        return path
+
+    write(tmp_path, {packed(path): content for path, content in CARS.items()})
+    splits = data.load(data.find("cars"), tmp_path)
+    assert list(map(len, splits[:3])) == [16, 4, 8] and "VPT" not in splits.origin
+    for image, _ in splits.train + splits.test:
+        assert len(image.relative_to(tmp_path).parts) == (3 if image.parts[-2].removeprefix("cars_") in flat else 4)
+
+
 def test_what_is_missing_or_damaged_is_named_with_where_it_comes_from_and_belongs(tmp_path, monkeypatch):
     def refused(name, says):
-        with pytest.raises((FileNotFoundError, data.DataError), match=says):
+        with pytest.raises(data.DataError, match=says):
             data.load(data.find(name), tmp_path)
 
     monkeypatch.setattr(data, "find_spec", lambda _: None)
@@ -1007,7 +1020,7 @@ def test_what_is_missing_or_damaged_is_named_with_where_it_comes_from_and_belong
     (tmp_path / "CUB_200_2011/images/0/train00.jpg").unlink()
     refused("cub", "train00.jpg, which is not there")
     write(tmp_path, {"CUB_200_2011/val.json": "{"})
-    refused("cub", "lists of cub cannot")
+    refused("cub", "cannot read the list .*val.json, which comes from https://raw")
 
 
 def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accuracy(server, run, monkeypatch, capsys):
@@ -1025,7 +1038,7 @@ def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accura
     for path, left in ((archive, []), (lists[1], ["images", "train.json"])):
         content = path.read_bytes()
         path.write_bytes(content[:-2] + b"\n}")  # the list can be read, and its checksum is wrong
-        with pytest.raises(FileNotFoundError, match="cannot be downloaded .* and put it there"):
+        with pytest.raises(data.DataError, match="cannot be downloaded .* and put it there"):
             data.load(data.find("cub"), "root")
         assert sorted(os.listdir("root/CUB_200_2011")) == left
         path.write_bytes(content)
@@ -1101,7 +1114,7 @@ def test_the_split_is_always_the_same_and_holds_out_a_tenth(tmp_path):
     np.random.seed(1), torch.manual_seed(1)
     assert splits == load(train=20, test=3)
     assert list(map(len, load(train=20, val=5, test=3)[:3])) == [40, 10, 6]
-    splits = data.hold_out(data.Splits([("a", 0), ("b", 1), ("c", 1)], [], [], [], ""), share=0.1)
+    splits = data.hold_out(data.Splits([("a", 0), ("b", 1), ("c", 1)], [], [], [], ""), "val", share=0.1)
     assert splits.train[0] == ("a", 0) and len(splits.val) == 1  # a class of one stays in train
 
 
