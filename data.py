@@ -64,16 +64,15 @@ def find(name):
     raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
 
 
-def members(names):
+def members(names, given=True):
     """The names, with each group replaced by its data sets. The parts of a group may be groups.
 
-    Raises DataError for a name that is also a folder of images.
+    Raises DataError for a given name that is also a folder of images.
     """
     for name in names:
-        inside = Path(name).glob("*/*") if name in {**TABLE, **GROUPS} else ()
-        if any(path.parent.name == "train" or path.suffix.lower() in IMG_EXTENSIONS for path in inside):
+        if given and name in {**TABLE, **GROUPS} and any([*Path(name).glob("train"), *Path(name).glob("*/*.[jp]*g")]):
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
-    return [member for name in names for member in (members(GROUPS[name]) if name in GROUPS else [name])]
+    return [member for name in names for member in (members(GROUPS[name], False) if name in GROUPS else [name])]
 
 
 def load(row, root, search=False):
@@ -82,11 +81,9 @@ def load(row, root, search=False):
     Raises DataError for data, lists and images that are missing or damaged.
     """
     splits = row.load(row, Path(os.path.expanduser(root)), search)
-    for image, label in splits.train + splits.val + splits.test:
+    for image, _ in splits.train + splits.val + splits.test:
         if isinstance(image, Path) and not os.path.isfile(image):
             raise DataError(f"{row.name} lists the image {image}, which is not there: get it from {row.source}")
-        if not 0 <= label < len(splits.classes):
-            raise DataError(f"{row.name}: {image} has label {label}, outside 0 to {len(splits.classes) - 1}")
     return splits
 
 
@@ -112,7 +109,8 @@ def reading(what):
 
 # ---------------------------------------------------------------------- layouts on disk
 
-SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by a folder's name
+SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+            "testing": "test"}  # by a folder's name, in lower case  # fmt: skip
 
 
 def images_below(folder):
@@ -122,19 +120,18 @@ def images_below(folder):
     """
 
     def stop(error):
-        raise error
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
 
     images, left_out = [], Counter()
-    with reading(f"the folder {folder}"):
-        files = [Path(place, name) for place, _, names in os.walk(folder, stop, followlinks=True) for name in names]
-    for path in sorted(files):
-        if any(re.match(r"[.@]|__MACOSX$", part) for part in path.relative_to(folder).parts):
-            left_out["hidden"] += 1
-        elif path.suffix.lower() in IMG_EXTENSIONS:
-            images.append(path)
-        else:
-            left_out[path.suffix or "without extension"] += 1
-    return images, left_out
+    for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
+        for path in [Path(place, name) for name in names]:
+            if any(re.match(r"[.@]|__MACOSX$", part) for part in path.relative_to(folder).parts):
+                left_out["hidden"] += 1
+            elif path.suffix.lower() in IMG_EXTENSIONS:
+                images.append(path)
+            else:
+                left_out[path.suffix or "without extension"] += 1
+    return sorted(images), left_out
 
 
 def class_folders(folder, row, root, search):
@@ -143,38 +140,39 @@ def class_folders(folder, row, root, search):
     Without test images a fifth of each class is held out, and without validation images a tenth of the rest.
     """
     images, left_out = images_below(folder)
-    above = [image.relative_to(folder).parts[:-1] for image in images]
-    own = any(len(names) > 1 and names[0].lower() in SPLIT_OF for names in above)
+    above = {image: image.relative_to(folder).parts[:-1] for image in images}
+    own = any(len(names) > 1 and names[0].lower() in SPLIT_OF for names in above.values())
     parts = {"train": [], "val": [], "test": []}
-    for image, names in zip(images, above):
+    for image, names in above.items():
         split, name, *_ = (*names, "", "") if own else ("train", *names, "")
         if name and split.lower() in SPLIT_OF:
             parts[SPLIT_OF[split.lower()]].append((image, name))
-            with opened(image):  # what is no image is named before the training
+            with opened(image):  # a file that is no image is named before the training
                 pass
         else:
             left_out["outside the class folders"] += 1
-    classes = sorted({name for part in parts.values() for _, name in part})
+    classes = sorted({name for _, name in parts["train"]})
     if len(classes) < 2:
-        raise DataError(f"{folder} needs images in two or more folders <class>/, or train/<class>/ and test/<class>/")
-    if untrained := set(classes) - {name for _, name in parts["train"]}:
-        raise DataError(f"{folder} has no training images of {', '.join(sorted(untrained))}: add some, or remove it")
-    origin = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
-    origin = ("its own folders" if own else "folders of classes") + (f" (left out: {origin})" if origin else "")
+        raise DataError(f"{folder} needs images of two or more classes, in <class>/ or train/<class>/ and test/<class>/")
+    if unknown := {name for _, name in parts["val"] + parts["test"]} - set(classes):
+        raise DataError(f"{folder} has no training images of {min(unknown)!r}: add some, or remove its other images")
     samples = [[(image, classes.index(name)) for image, name in part] for part in parts.values()]
+    origin = "its own folders" if own else "folders of classes"
+    if left_out:
+        origin += f" without {', '.join(f'{count} {kind}' for kind, count in left_out.items())}"
     splits = hold_out(hold_out(Splits(*samples, classes, origin), "test", 0.2), "val", 0.1)
-    untested = set(classes) - {classes[label] for _, label in splits.test}
-    return splits._replace(notes=[f"no test images of {', '.join(sorted(untested))}"] if untested else [])
+    untested = sorted(set(classes) - {classes[label] for _, label in splits.test})
+    return splits._replace(notes=[f"no test images of {', '.join(untested)}"] if untested else [])
 
 
-def fgvc(folder, images, splits, row, root, search, whose="VPT's", archive_md5=None, archive_sha256=None):
+def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
     """One of FGVC's five sets: the folders of its `images`, and train.json, val.json and test.json as VPT has them.
 
     Those hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
     folder = root / folder
     for name in images:
-        fetch(folder / name, row.source, inside=f"**/{name}", md5=archive_md5, sha256=archive_sha256)
+        fetch(folder / name, row.source, inside=f"**/{name}", **checksum)
     listed = []
     for split, md5 in zip(("train", "val", "test"), FGVC_MD5[splits].split()):
         path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{splits}/{split}.json"
@@ -209,9 +207,9 @@ def vtab(row, root, search):
         with reading(f"{path}, which comes from {row.source}"):
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         for number, line in enumerate(lines, 1):
-            with reading(f"line {number} of {path}, {line!r}, as a path and a label"):
+            with reading(f"line {number} of {path}, {line!r}, as a path and a label below {row.classes}"):
                 image, label = line.rsplit(maxsplit=1)
-                samples.append((folder / image, int(label)))
+                samples.append((folder / image, range(row.classes).index(int(label))))
         return samples
 
     classes = [f"class {label}" for label in range(row.classes)]
@@ -257,7 +255,7 @@ def hold_out(splits, part, share):
     return splits._replace(**{"train": kept, part: held}, origin=origin)
 
 
-def fetch(path, source, download=None, inside="*", md5=None, sha256=None):
+def fetch(path, source, download=None, inside="*", **checksum):
     """If `path` is missing, downloads into a temporary folder and moves the files into place once complete, it last.
 
     `download(folder)` does so, by default `unpack` if `source` is an archive. What matches `inside` there is moved.
@@ -267,7 +265,7 @@ def fetch(path, source, download=None, inside="*", md5=None, sha256=None):
         return
     failure = "has no direct link"
     if download is None and source.endswith((".tgz", ".tar", ".zip")):
-        download = partial(unpack, source, md5=md5, sha256=sha256)
+        download = partial(unpack, source, **checksum)
     if download:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,14 +280,15 @@ def fetch(path, source, download=None, inside="*", md5=None, sha256=None):
         raise DataError(f"{path} is not there, and {failure}: get it from {source} and put it there")
 
 
-def unpack(source, folder, md5=None, sha256=None):
-    """Downloads an archive into a folder and unpacks it there; nothing gets outside of the folder."""
+def unpack(source, folder, **checksum):
+    """Downloads an archive into a folder and unpacks it there, nothing outside of it; checks its md5 or sha256."""
     if not hasattr(tarfile, "data_filter"):
         raise DataError("unpacking safely takes Python 3.10.12, 3.11.4, 3.12 or later")
-    download_url(source, folder, md5=md5)
+    download_url(source, folder)
     archive = Path(folder, Path(source).name)
-    if sha256 and hashlib.sha256(np.memmap(archive)).hexdigest() != sha256:
-        raise DataError("its SHA-256 is not the published one's")
+    for algorithm, digits in checksum.items():
+        if hashlib.new(algorithm, np.memmap(archive)).hexdigest() != digits:
+            raise DataError(f"its {algorithm} is not {digits}")
     shutil.unpack_archive(archive, folder, **{} if archive.suffix == ".zip" else {"filter": "data"})
 
 
@@ -361,7 +360,8 @@ def transform(crop, image_size, mean, std, training=False):
 @contextmanager
 def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded; DataError names a file that is damaged or none."""
-    with reading(f"the image {path}"), Image.open(path) as image:
+    # Given a path, Pillow maps some TIFFs to memory and turns them twice.
+    with reading(f"the image {path}"), open(path, "rb") as file, Image.open(file) as image:
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError(f"pixels of mode {image.mode} have no agreed scale, save them with 8 or 16 bits")
         yield image
@@ -386,7 +386,7 @@ def open_picture(image):
         image = image.convert("RGB")
         with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
             exif = Image.Exif()
-            exif[0x0112] = file.getexif()[0x0112]  # the orientation, and nothing else
+            exif[0x0112] = file.getexif()[0x0112] if file.format != "TIFF" else 1  # which Pillow turns by itself
             image.info = {"exif": exif.tobytes()}
             image = ImageOps.exif_transpose(image)
         return image
@@ -467,16 +467,16 @@ DOGS_SHA256 = "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"
 
 # (layout, source)
 CUB = (
-    partial(fgvc, "CUB_200_2011", ["images"], "cub", archive_md5="97eceeb196236b17998738112f37df78"),
+    partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
     "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
 )
 NABIRDS = partial(fgvc, "nabirds", ["images"], "nabirds"), "https://dl.allaboutbirds.org/nabirds"
 FLOWERS = (
-    partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", archive_md5="52808999861908f626f3c1f4e79d11fa"),
+    partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
     "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
 )
 DOGS = (
-    partial(fgvc, "dogs", ["Images"], "stanforddogs", archive_sha256=DOGS_SHA256),
+    partial(fgvc, "dogs", ["Images"], "stanforddogs", sha256=DOGS_SHA256),
     "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
 )
 CARS = (

@@ -19,8 +19,10 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import types
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -1031,7 +1033,7 @@ def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accura
     archive = Path(shutil.make_archive("CUB_200_2011", "gztar", "packed")).rename(server.folder / "CUB_200_2011.tgz")
     md5, *md5s = (hashlib.md5(path.read_bytes()).hexdigest() for path in (archive, *lists))
     row = data.TABLE["cub"]
-    load = functools.partial(row.load, archive_md5=md5)
+    load = functools.partial(row.load, md5=md5)
     monkeypatch.setitem(data.TABLE, "cub", row._replace(source=f"{server.url}/{archive.name}", load=load))
     monkeypatch.setitem(data.FGVC_MD5, "cub", " ".join(md5s))
     monkeypatch.setattr(data, "FGVC_SPLITS", server.url)
@@ -1060,6 +1062,71 @@ def test_an_interrupted_download_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.fetch(tmp_path / "images", "source", interrupted)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("member, kind", [("../out", "0"), ("/{}/out", "0"), ("link", "2"), ("hard", "1")])
+def test_an_archive_that_would_write_outside_its_folder_is_refused(server, tmp_path, member, kind):
+    with tarfile.open(tmp_path / "birds.tar", "w") as archive:
+        info = tarfile.TarInfo(member.format(tmp_path))
+        info.type, info.linkname = kind.encode(), "../../out"
+        archive.addfile(info)
+    write(server.folder, {"birds.tar": (tmp_path / "birds.tar").read_bytes()})
+    with pytest.raises(data.DataError, match="cannot be downloaded .*outside|is not in the archive"):
+        data.fetch(tmp_path / "root/images", f"{server.url}/birds.tar", inside="images")
+    assert not (tmp_path / "out").exists() and not os.listdir(tmp_path / "root")
+
+
+def test_a_zip_stays_in_its_folder_and_a_wrong_sha256_or_an_old_python_is_refused(server, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "birds.zip", "w") as archive:
+        for name in ("images/1.png", "../../out", f"{tmp_path}/out"):
+            archive.writestr(name, "")
+    content = (tmp_path / "birds.zip").read_bytes()
+    write(server.folder, {"birds.zip": content})
+    fetch = functools.partial(data.fetch, tmp_path / "root/images", f"{server.url}/birds.zip", inside="images")
+    with pytest.raises(data.DataError, match="its sha256 is not"):
+        fetch(sha256="0" * 64)
+    with monkeypatch.context() as patch, pytest.raises(data.DataError, match="3.10.12, 3.11.4"):
+        patch.delattr(tarfile, "data_filter")
+        fetch()
+    fetch(sha256=hashlib.sha256(content).hexdigest())
+    assert os.listdir(tmp_path / "root") == ["images"] and not (tmp_path / "out").exists()
+    assert data.DOGS[0].keywords["sha256"].startswith("a443fc2f")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_of_two_first_downloads_the_slower_uses_what_the_faster_brought(tmp_path, fails):
+    def slower(folder):
+        data.fetch(tmp_path / "images", "source", lambda other: write(Path(other), {"images/1.png": "faster"}))
+        write(Path(folder), {"images/1.png": "slower"})
+        if fails:
+            raise OSError("connection lost")
+
+    data.fetch(tmp_path / "images", "source", slower)
+    assert os.listdir(tmp_path) == ["images"] and (tmp_path / "images/1.png").read_text() == "faster"
+
+
+@pytest.mark.parametrize("line", ["images/1.jpg", "images/1.jpg,1", "images/1.jpg one", "images/1.jpg 8", "images/1.jpg -1"])
+def test_a_damaged_line_of_vtab_is_named_and_a_data_set_that_is_missing_too(tmp_path, line):
+    write(tmp_path, CLEVR)
+    path = tmp_path / VTAB / "test.txt"
+    path.write_text(f"{path.read_text()}\n{line}\n")
+    with pytest.raises(data.DataError, match=f"line 9 of {path}, '{line}', as a path and a label below 8"):
+        data.load(data.find("vtab/clevr_count"), tmp_path)
+    with pytest.raises(data.DataError, match="vtab-1k/cifar/train800val200.txt, which comes from https://huggingface.co"):
+        data.load(data.find("vtab/cifar"), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"0/1.jpg": null}', '{"0/1.jpg": "ant"}', b"\xff"])
+def test_a_damaged_list_of_fgvc_is_named(tmp_path, content):
+    write(tmp_path, LAYOUTS["cub"] | {"CUB_200_2011/val.json": content})
+    with pytest.raises(data.DataError, match="cannot read the list .*val.json, which comes from https://raw"):
+        data.load(data.find("cub"), tmp_path)
+
+
+def test_a_bug_in_a_loader_keeps_its_traceback(tmp_path):
+    row = data.find("shapes")._replace(load=lambda row, root, search: {}["bug"])
+    with pytest.raises(KeyError):
+        data.load(row, tmp_path)
 
 
 def test_the_table_has_the_papers_settings():
@@ -1118,6 +1185,89 @@ def test_the_split_is_always_the_same_and_holds_out_a_tenth(tmp_path):
     assert splits.train[0] == ("a", 0) and len(splits.val) == 1  # a class of one stays in train
 
 
+def read_folder(folder, files):
+    """Writes the files and reads the folder: its splits, with (name of the class, file) in place of samples."""
+    write(folder, files)
+    splits = data.load(data.find(str(folder)), folder)
+    return splits, [sorted((splits.classes[label], path.name) for path, label in part) for part in splits[:3]]
+
+
+def images(*places, count=10):
+    return {f"{place}/{i}.png": None for place in places for i in range(count)}
+
+
+@pytest.mark.parametrize("layout, origin, counts", [
+    ("{}", "folders of classes, 20% of train kept for testing, 10% of train kept for validation", (14, 2, 4)),
+    ("train/{}", "its own folders, 20% of train kept for testing, 10% of train kept for validation", (14, 2, 4)),
+    ("train/{} test/{}", "its own folders, 10% of train kept for validation", (18, 2, 20)),
+    ("train/{} valid/{}", "its own folders, 20% of train kept for testing", (16, 20, 4)),
+    ("Training/{} validation/{} Testing/{}", "its own folders", (20, 20, 20)),
+])  # fmt: skip
+def test_any_folder_of_class_folders_is_read_and_what_is_missing_held_out(tmp_path, layout, origin, counts):
+    places = [place.format(name) for place in layout.split() for name in ("ant", "train")]  # a train is a class, too
+    splits, parts = read_folder(tmp_path, images(*places))
+    assert splits.origin == origin and tuple(map(len, parts)) == counts and splits.classes == ["ant", "train"]
+    assert all([name for name, _ in part].count("ant") == len(part) / 2 for part in parts)
+    assert len(set(sum(splits[:3], []))) == 10 * len(places)  # none twice
+    assert data.load(data.find(str(tmp_path)), tmp_path) == splits
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_system_names_are_neither_classes_nor_images(tmp_path):
+    folder = tmp_path / ".cache" / "pets"  # above the data set any name will do
+    odd = images("train/.ipynb_checkpoints", "train/ant/.ipynb_checkpoints", "train/@eaDir", "__MACOSX/train/ant", count=1)
+    odd |= {"train/ant/._0.png": b"", "train/cow/1.jfif": b"", "test/bee/1.jfif": b"", "readme": b"", "test/1.png": b""}
+    (folder / "train" / "@Recycle").mkdir(parents=True)
+    splits, parts = read_folder(folder, images("train/ant", "train/bee", "test/ant") | odd)
+    assert splits.classes == ["ant", "bee"] and [len(part) for part in parts] == [18, 2, 10]
+    left_out = dict(part.split(" ", 1)[::-1] for part in re.search("without (.*), 10%", splits.origin)[1].split(", "))
+    assert left_out == {"hidden": "5", ".jfif": "2", "without extension": "1", "outside the class folders": "1"}
+    assert splits.notes == ["no test images of bee"]
+    found = data.find_images([folder, folder / "train/ant/._0.png"])  # what is named is wanted
+    assert len(found) == 32 and not any("__MACOSX" in str(path) for path in found)
+
+
+@pytest.mark.parametrize("files, says", [
+    (images("photos/ant", "photos/bee"), "two or more classes"),  # one folder too high
+    (images("test/ant", "test/bee"), "two or more classes"),
+    (images("train/ant", "train/bee", "test/cow"), "no training images of 'cow'"),
+    (images("ant", "bee") | {"bee/x.jpg": "no image"}, "x.jpg: cannot identify image file"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_used_is_refused_with_the_reason(tmp_path, files, says):
+    with pytest.raises(data.DataError, match=says):
+        read_folder(tmp_path, files)
+
+
+def test_a_name_is_the_benchmark_and_a_path_the_folder_and_both_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_folder(tmp_path / "flowers"), write(tmp_path, images("vtab/cat", "vtab/dog") | images("dogs/Images/chow"))
+    for name in ("flowers", "vtab"):
+        with pytest.raises(data.DataError, match=f"write ./{name}"):
+            data.members(["shapes", name])
+        assert data.members([f"./{name}"]) == [f"./{name}"]
+    assert data.members(["dogs", "fgvc"])  # the benchmark's own folder below the root
+    Path("other").symlink_to("flowers")
+    for path in ("~/other", "./x/../other", str(tmp_path / "other")):
+        row = data.find(path)
+        assert (row.name, row.source) == (f"{tmp_path.name}/other", str(tmp_path / "other"))
+    write(tmp_path / "data", CLEVR)
+    assert data.load(data.find("vtab/clevr_count"), "~/data").test[0][0].is_relative_to(tmp_path)
+
+
+def test_a_digest_changes_with_files_labels_splits_and_classes_and_not_with_the_place(tmp_path):
+    def digest(files, **changed):
+        splits = data.load(data.find(str(make_folder(tmp_path / str(len(seen)), files))), tmp_path)
+        return data.digest(splits._replace(**changed))
+
+    seen = []
+    for files, changed in (({}, {}), ({}, {}), ({"train": 7, "test": 4}, {}), ({}, {"classes": ["bee", "ant"]}), ({}, {"val": []})):
+        seen.append(digest({"train": 6, "test": 4} | files, **changed))
+    assert seen[0] == seen[1] and len(set(seen)) == 4
+    grey = np.full((4, 4, 3), 128, np.uint8)
+    arrays = [data.Splits([(grey + i, 0)], [], [], ["a"], "") for i in (0, 0, 1)]
+    assert [data.digest(splits) == data.digest(arrays[0]) for splits in arrays] == [True, True, False]
+
+
 @pytest.mark.parametrize("name", ["shapes", "shapes-source"])
 def test_drawn_pictures_are_always_the_same_and_balanced(name):
     row = data.TABLE[name]
@@ -1169,6 +1319,80 @@ def test_pictures_of_every_kind_become_upright_rgb_of_the_same_brightness(tmp_pa
     exif[0x0112] = 6  # the camera was rotated by 90 degrees
     grey.save(tmp_path / "turned.jpg", exif=exif)
     assert data.open_picture(tmp_path / "turned.jpg").size == (7, 9)
+
+
+def saved(path, pixels, **options):
+    """An image file, read again: its upright RGB pixels."""
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
+    return np.asarray(data.open_picture(path))
+
+
+def png_chunk(kind, content):
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def test_16_bits_are_divided_by_257_and_what_has_no_agreed_scale_is_refused(tmp_path):
+    deep = np.array([[0, 257, 200 * 257, 65535]], np.uint16)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 4 1 65535\n" + deep.astype(">u2").tobytes())
+    files = [np.asarray(data.open_picture(tmp_path / "deep.pgm")), saved(tmp_path / "deep.tiff", deep)]
+    for pixels in (*files, saved(tmp_path / "deep.png", deep)):
+        assert pixels[0].tolist() == [[0] * 3, [1] * 3, [200] * 3, [255] * 3]
+    for pixels in (deep.astype(np.int32), deep.astype(np.float32)):
+        with pytest.raises(data.DataError, match="deep.tiff: pixels of mode [IF] have no agreed scale"):
+            saved(tmp_path / "deep.tiff", pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "I;16"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    """A black image with a hole, in each of PNG's ways to say so: an alpha, or one value for the hole."""
+    if mode == "I;16":
+        image, options = np.array([[0, 514]], np.uint16), {}
+    elif mode.endswith("A"):
+        image, options = Image.new(mode, (2, 1), (0,) * (len(mode) - 1) + (255,)), {}
+        image.putpixel((1, 0), (0,) * len(mode))
+    else:
+        image = Image.new(mode, (2, 1))
+        if mode == "P":
+            image.putpalette(bytes(9))
+        image.putpixel((1, 0), (2, 2, 2) if mode == "RGB" else 2)
+        options = {"transparency": (2, 2, 2) if mode == "RGB" else 2}
+    path = tmp_path / "hole.png"
+    saved(path, image, **options)
+    if mode == "I;16":
+        content = path.read_bytes()
+        path.write_bytes(content[:33] + png_chunk(b"tRNS", (514).to_bytes(2, "big")) + content[33:])
+    assert np.asarray(data.open_picture(path)).tolist() == [[[0] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_images_are_upright_however_damaged_their_other_metadata_are(tmp_path, kind):
+    upright = np.zeros((32, 64), np.uint8)
+    upright[:16, :16] = 255
+    turns = {n: turn for n, turn in zip((3, 4, 6, 8), (np.rot90, np.flipud, np.rot90, np.rot90))}
+    for orientation, turn in turns.items():
+        stored = turn(upright, {3: 2, 6: 1, 8: 3}[orientation]) if orientation != 4 else turn(upright)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        pixels = saved(tmp_path / f"turned.{kind}", np.ascontiguousarray(stored), exif=exif)
+        assert np.array_equal(pixels[..., 0] > 128, upright > 128), orientation
+    rational = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + b"\x1a\x01\x0a\0\x01\0\0\0\x26\0\0\0"
+    damaged = rational + b"\0\0\0\0" + b"\xff\xff\xff\xff\0\0\0\0"  # orientation 6, and -1/0 pixels per inch
+    if kind in ("jpeg", "webp"):
+        pixels = saved(tmp_path / f"turned.{kind}", np.ascontiguousarray(np.rot90(upright)), exif=damaged)
+        assert np.array_equal(pixels[..., 0] > 128, upright > 128)
+    if kind != "tiff":
+        assert saved(tmp_path / f"turned.{kind}", upright, exif=b"Exif\0\0garbage").shape == (32, 64, 3)
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"no image", "cannot identify image file"),
+    (b"P5 9 9 255\n1", "truncated"),
+    (b"P5 20000 20000 255\n", "exceeds limit"),
+])  # fmt: skip
+def test_an_image_is_refused_with_pillows_reason(tmp_path, content, says):
+    write(tmp_path, {"bad.pgm": content})
+    with pytest.raises(data.DataError, match=f"cannot read the image {tmp_path / 'bad.pgm'}: .*{says}"):
+        data.open_picture(tmp_path / "bad.pgm")
 
 
 # ---------------------------------------------------------------------- several runs
