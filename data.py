@@ -65,10 +65,7 @@ def find(name):
 
 
 def members(names, given=True):
-    """The names, with each group replaced by its data sets. The parts of a group may be groups.
-
-    Raises DataError for a given name that is also a folder of images.
-    """
+    """The names, with each group (or group of groups) replaced by its data sets; DataError for one that is a folder too."""
     for name in names:
         if given and name in {**TABLE, **GROUPS} and any([*Path(name).glob("train"), *Path(name).glob("*/*.[jp]*g")]):
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
@@ -88,13 +85,11 @@ def load(row, root, search=False):
 
 
 def digest(splits):
-    """A SHA-256, in hex, of the classes and each sample: label, last two parts of the path, file size; an array's bytes."""
-    sha = hashlib.sha256(repr(splits.classes).encode())
-    for part in splits[:3]:
-        for image, label in part:
-            known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
-            sha.update(f"{label} {known}".encode())
-        sha.update(b"end of the part")
+    """A SHA-256 in hex: of classes, counts and, for each sample, its label with the path's end and file size or bytes."""
+    sha = hashlib.sha256(repr((splits.classes, *map(len, splits[:3]))).encode())
+    for image, label in splits.train + splits.val + splits.test:
+        known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
+        sha.update(f"{label} {known}".encode())
     return sha.hexdigest()
 
 
@@ -114,24 +109,25 @@ SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val",
 
 
 def images_below(folder):
-    """The images below a folder, by name, and a Counter of the files left out: by extension, or as hidden.
+    """{image below the folder: names of the folders above it}, and a Counter of the files left out.
 
-    Hidden is what editors, network drives and macOS leave behind.
+    Those are counted by extension, or as hidden: what editors, network drives and macOS leave behind.
     """
 
     def stop(error):
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    images, left_out = [], Counter()
+    images, left_out = {}, Counter()
     for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
         for path in [Path(place, name) for name in names]:
-            if any(re.match(r"[.@]|__MACOSX$", part) for part in path.relative_to(folder).parts):
+            *above, name = path.relative_to(folder).parts
+            if any(re.match(r"[.@]|__MACOSX$", part) for part in (*above, name)):
                 left_out["hidden"] += 1
             elif path.suffix.lower() in IMG_EXTENSIONS:
-                images.append(path)
+                images[path] = above
             else:
                 left_out[path.suffix or "without extension"] += 1
-    return sorted(images), left_out
+    return dict(sorted(images.items())), left_out
 
 
 def class_folders(folder, row, root, search):
@@ -140,11 +136,10 @@ def class_folders(folder, row, root, search):
     Without test images a fifth of each class is held out, and without validation images a tenth of the rest.
     """
     images, left_out = images_below(folder)
-    above = {image: image.relative_to(folder).parts[:-1] for image in images}
-    own = any(len(names) > 1 and names[0].lower() in SPLIT_OF for names in above.values())
+    own = any(len(above) > 1 and above[0].lower() in SPLIT_OF for above in images.values())
     parts = {"train": [], "val": [], "test": []}
-    for image, names in above.items():
-        split, name, *_ = (*names, "", "") if own else ("train", *names, "")
+    for image, above in images.items():
+        split, name, *_ = (*above, "", "") if own else ("train", *above, "")
         if name and split.lower() in SPLIT_OF:
             parts[SPLIT_OF[split.lower()]].append((image, name))
             with opened(image):  # a file that is no image is named before the training
@@ -152,10 +147,12 @@ def class_folders(folder, row, root, search):
         else:
             left_out["outside the class folders"] += 1
     classes = sorted({name for _, name in parts["train"]})
-    if len(classes) < 2:
-        raise DataError(f"{folder} needs images of two or more classes, in <class>/ or train/<class>/ and test/<class>/")
-    if unknown := {name for _, name in parts["val"] + parts["test"]} - set(classes):
-        raise DataError(f"{folder} has no training images of {min(unknown)!r}: add some, or remove its other images")
+    unknown = {name for _, name in parts["val"] + parts["test"]} - set(classes)
+    if unknown or len(classes) < 2:
+        raise DataError(
+            f"{folder} needs training images of two or more classes, in <class>/ or in train/<class>/, and of each class "
+            f"in val/ and test/; it has some of {', '.join(classes) or 'none'} and none of {', '.join(unknown) or 'others'}"
+        )
     samples = [[(image, classes.index(name)) for image, name in part] for part in parts.values()]
     origin = "its own folders" if own else "folders of classes"
     if left_out:
@@ -238,10 +235,7 @@ def in_torchvision(kind, on_disk, row, root, search, val=None):
 
 
 def hold_out(splits, part, share):
-    """If `part`, val or test, is empty, `share` of each class of train becomes it, always the same images.
-
-    That is at least one image of a class, but never its only one.
-    """
+    """An empty `part`, val or test, becomes `share` of each class of train: at least one image, never its only one."""
     if getattr(splits, part):
         return splits
     labels, rng = np.array([label for _, label in splits.train]), np.random.default_rng(0)
@@ -368,10 +362,7 @@ def opened(path):
 
 
 def open_picture(image):
-    """A path or an (H, W, 3) uint8 array -> an upright RGB PIL image, on white if it is transparent.
-
-    Raises DataError for a file that cannot be read.
-    """
+    """A path or an (H, W, 3) uint8 array -> an upright RGB PIL image, on white; DataError names a damaged file."""
     if not isinstance(image, Path):
         return Image.fromarray(image)
     with opened(image) as file:
@@ -396,7 +387,7 @@ def find_images(paths):
     """The files among the paths, and for each folder all images below it, by name; DataError for none."""
     found = []
     for path in paths:
-        inside = [path] if os.path.isfile(path) else images_below(path)[0]
+        inside = [path] if os.path.isfile(path) else list(images_below(path)[0])
         if not inside:
             raise DataError(f"there is no image {path}, and none below it")
         found += inside
