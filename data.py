@@ -65,7 +65,7 @@ def find(name):
 
 
 def members(names, given=True):
-    """The names, with each group (or group of groups) replaced by its data sets; DataError for one that is a folder too."""
+    """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
     for name in names:
         if given and name in {**TABLE, **GROUPS} and any([*Path(name).glob("train"), *Path(name).glob("*/*.[jp]*g")]):
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
@@ -85,7 +85,7 @@ def load(row, root, search=False):
 
 
 def digest(splits):
-    """A SHA-256 in hex: of classes, counts and, for each sample, its label with the path's end and file size or bytes."""
+    """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
     sha = hashlib.sha256(repr((splits.classes, *map(len, splits[:3]))).encode())
     for image, label in splits.train + splits.val + splits.test:
         known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
@@ -150,8 +150,8 @@ def class_folders(folder, row, root, search):
     unknown = {name for _, name in parts["val"] + parts["test"]} - set(classes)
     if unknown or len(classes) < 2:
         raise DataError(
-            f"{folder} needs training images of two or more classes, in <class>/ or in train/<class>/, and of each class "
-            f"in val/ and test/; it has some of {', '.join(classes) or 'none'} and none of {', '.join(unknown) or 'others'}"
+            f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: "
+            f"it has training images of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
         )
     samples = [[(image, classes.index(name)) for image, name in part] for part in parts.values()]
     origin = "its own folders" if own else "folders of classes"
