@@ -140,14 +140,15 @@ def class_folders(folder, row, root, search):
     parts = {"train": [], "val": [], "test": []}
     for image, above in images.items():
         split, name, *_ = (*above, "", "") if own else ("train", *above, "")
-        if name and split.lower() in SPLIT_OF:
-            parts[SPLIT_OF[split.lower()]].append((image, name))
+        split = SPLIT_OF.get(split.lower())
+        if split and name:
+            parts[split].append((image, name))
             with opened(image):  # a file that is no image is named before the training
                 pass
         else:
             left_out["outside the class folders"] += 1
     classes = sorted({name for _, name in parts["train"]})
-    unknown = {name for _, name in parts["val"] + parts["test"]} - set(classes)
+    unknown = sorted({name for _, name in parts["val"] + parts["test"]} - set(classes))
     if unknown or len(classes) < 2:
         raise DataError(
             f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: "
@@ -204,9 +205,10 @@ def vtab(row, root, search):
         with reading(f"{path}, which comes from {row.source}"):
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         for number, line in enumerate(lines, 1):
-            with reading(f"line {number} of {path}, {line!r}, as a path and a label below {row.classes}"):
-                image, label = line.rsplit(maxsplit=1)
-                samples.append((folder / image, range(row.classes).index(int(label))))
+            if line.strip():
+                with reading(f"line {number} of {path}, {line!r}, as a path and a label below {row.classes}"):
+                    image, label = line.rsplit(maxsplit=1)
+                    samples.append((folder / image, range(row.classes).index(int(label))))
         return samples
 
     classes = [f"class {label}" for label in range(row.classes)]
@@ -356,7 +358,10 @@ def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded; DataError names a file that is damaged or none."""
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
     with reading(f"the image {path}"), open(path, "rb") as file, Image.open(file) as image:
-        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        tags = getattr(image, "tag_v2", {})  # a TIFF's bits and, 1, whether 0 is black
+        known = image.mode.startswith("I;16") and (tags.get(258), tags.get(262)) == ((16,), 1)
+        known = known or image.format in ("PNG", "PPM", "JPEG2000")
+        if image.mode == "F" or image.mode.startswith("I") and not known:
             raise ValueError(f"pixels of mode {image.mode} have no agreed scale, save them with 8 or 16 bits")
         yield image
 

@@ -1110,8 +1110,8 @@ def test_of_two_first_downloads_the_slower_uses_what_the_faster_brought(tmp_path
 def test_a_damaged_line_of_vtab_is_named_and_a_data_set_that_is_missing_too(tmp_path, line):
     write(tmp_path, CLEVR)
     path = tmp_path / VTAB / "test.txt"
-    path.write_text(f"{path.read_text()}\n{line}\n")
-    with pytest.raises(data.DataError, match=f"line 9 of {path}, '{line}', as a path and a label below 8"):
+    path.write_text(f"{path.read_text()}\n\n{line}\n")
+    with pytest.raises(data.DataError, match=f"line 10 of {path}, '{line}', as a path and a label below 8"):
         data.load(data.find("vtab/clevr_count"), tmp_path)
     with pytest.raises(data.DataError, match="vtab-1k/cifar/train800val200.txt, which comes from https://huggingface.co"):
         data.load(data.find("vtab/cifar"), tmp_path)
@@ -1322,9 +1322,11 @@ def test_16_bits_are_divided_by_257_and_what_has_no_agreed_scale_is_refused(tmp_
     files = [np.asarray(data.open_picture(tmp_path / "deep.pgm")), saved(tmp_path / "deep.tiff", deep)]
     for pixels in (*files, saved(tmp_path / "deep.png", deep)):
         assert pixels[0].tolist() == [[0] * 3, [1] * 3, [200] * 3, [255] * 3]
-    for pixels in (deep.astype(np.int32), deep.astype(np.float32)):
-        with pytest.raises(data.DataError, match="deep.tiff: pixels of mode [IF] have no agreed scale"):
-            saved(tmp_path / "deep.tiff", pixels)
+    white_is_0, signed = {262: 0}, {339: 2}  # TIFF's tags
+    odd = (deep.astype(np.int32), {}), (deep.astype(np.float32), {}), (deep, white_is_0), (deep, signed)
+    for pixels, tags in odd:
+        with pytest.raises(data.DataError, match="deep.tiff: pixels of mode (I|F|I;16) have no agreed scale"):
+            saved(tmp_path / "deep.tiff", pixels, tiffinfo=tags)
 
 
 @pytest.mark.parametrize("mode, black, hole", [
