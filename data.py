@@ -66,8 +66,9 @@ def find(name):
 
 def members(names, given=True):
     """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
-    for name in names:
-        if given and name in {**TABLE, **GROUPS} and any([*Path(name).glob("train"), *Path(name).glob("*/*.[jp]*g")]):
+    for name in names if given else ():
+        inside = [*Path(name).glob("train"), *Path(name).glob("*/*.[jJpP]*[gG]")]
+        if inside and name in {**TABLE, **GROUPS}:
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
     return [member for name in names for member in (members(GROUPS[name], False) if name in GROUPS else [name])]
 
@@ -382,7 +383,7 @@ def open_picture(image):
         image = image.convert("RGB")
         with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
             exif = Image.Exif()
-            exif[0x0112] = file.getexif()[0x0112] if file.format != "TIFF" else 1  # which Pillow turns by itself
+            exif[0x0112] = file.getexif()[0x0112] if file.format != "TIFF" else 1  # Pillow turns TIFFs by itself
             image.info = {"exif": exif.tobytes()}
             image = ImageOps.exif_transpose(image)
         return image

@@ -1239,7 +1239,8 @@ def test_a_folder_that_cannot_be_used_is_refused_with_the_reason(tmp_path, files
 def test_a_name_is_the_benchmark_and_a_path_the_folder_and_both_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    make_folder(tmp_path / "flowers"), write(tmp_path, images("vtab/cat", "vtab/dog") | images("dogs/Images/chow"))
+    make_folder(tmp_path / "flowers")
+    write(tmp_path, {"vtab/cat/1.JPG": None, **images("dogs/Images/chow")})
     for name in ("flowers", "vtab"):
         with pytest.raises(data.DataError, match=f"write ./{name}"):
             data.members(["shapes", name])
