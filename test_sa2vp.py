@@ -1255,13 +1255,16 @@ def test_a_name_is_the_benchmark_and_a_path_the_folder_and_both_are_told_apart(t
 
 
 def test_a_digest_changes_with_files_labels_splits_and_classes_and_not_with_the_place(tmp_path):
-    folders = [make_folder(tmp_path / place, {"train": count}) for place, count in (("a", 6), ("b", 6), ("c", 7))]
-    splits, moved, more = (data.load(data.find(str(folder)), tmp_path) for folder in folders)
-    train, (_, *rest) = splits.train, splits.train
-    grey = [data.Splits([(np.full((4, 4, 3), i, np.uint8), 0)], [], [], ["a"], "") for i in (0, 1)]
-    others = [more, splits._replace(classes=["bee", "ant"]), splits._replace(train=rest, val=[train[0], *splits.val]),
-              splits._replace(train=[(train[0][0], 1), *rest]), *grey]  # fmt: skip
-    assert data.digest(splits) == data.digest(moved) and len({*map(data.digest, [splits, *others])}) == 7
+    folders = [make_folder(tmp_path / place) for place in "ab"]
+    splits, moved = (data.load(data.find(str(folder)), tmp_path) for folder in folders)
+    (*rest, (image, label)), grey = splits.train, np.full((4, 4, 3), 128, np.uint8)
+    others = [splits._replace(classes=["bee", "ant"]), splits._replace(train=[*rest, (image, 1 - label)]),
+              splits._replace(train=rest, val=[(image, label), *splits.val]), splits._replace(train=rest),
+              *(data.Splits([(grey + i, 0)], [], [], ["a"], "") for i in (0, 1))]  # fmt: skip
+    before = data.digest(splits)
+    assert data.digest(moved) == before and len({before, *map(data.digest, others)}) == 7
+    image.write_bytes(image.read_bytes() + b" ")
+    assert data.digest(splits) != before
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes-source"])
