@@ -3,8 +3,14 @@
 import hashlib
 import json
 import math
+import os
+import re
+import shutil
+import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +22,12 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-from torchvision.datasets.utils import download_and_extract_archive, download_url
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import download_url
 
 
 class DataError(ValueError):
-    """What is wrong with a data set, in a sentence for its user."""
+    """What is wrong with a data set or an image, and what its user can do, in one sentence."""
 
 
 class Splits(NamedTuple):
@@ -31,7 +37,8 @@ class Splits(NamedTuple):
     val: list
     test: list
     classes: list  # names; a label is an index into it
-    origin: str  # who made the split, in words
+    origin: str  # who made the split, and what was left out, in words
+    notes: list = []  # sentences to print before the training
 
     def describe(self):
         """The sizes, in words."""
@@ -56,89 +63,142 @@ def find(name):
     """The row of that name, or one for the folder of that path; DataError if there is neither."""
     if name in TABLE:
         return TABLE[name]
-    if Path(name).is_dir():
-        folder = Path(name).resolve()
-        return DataSet(folder.name, None, partial(class_folders, folder), str(folder), crop=True)
+    folder = Path(os.path.abspath(os.path.expanduser(name)))
+    if os.path.isdir(folder):
+        return DataSet("/".join(folder.parts[-2:]), None, partial(class_folders, folder), str(folder), crop=True)
     raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
 
 
-def members(names):
-    """The names, with each group replaced by its data sets. The parts of a group may be groups."""
-    return [member for name in names for member in (members(GROUPS[name]) if name in GROUPS else [name])]
+def members(names, given=True):
+    """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
+    for name in names if given else ():
+        inside = [*Path(name).glob("train"), *Path(name).glob("*/*.[jJpP]*[gG]")]
+        if inside and name in {**TABLE, **GROUPS}:
+            raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
+    return [member for name in names for member in (members(GROUPS[name], False) if name in GROUPS else [name])]
 
 
 def load(row, root, search=False):
-    """Reads a row's `Splits` below `root`, downloading what can be. With `search`, VTAB-1k is train800 and val200 alone.
+    """Reads a row's `Splits` below `root`, downloading what can be. With `search`, VTAB-1k is just train800 and val200.
 
-    Raises FileNotFoundError for data or images that are not there, and DataError for damaged lists.
+    Raises DataError for data, lists and images that are missing or damaged.
     """
-    try:
-        splits = row.load(row, Path(root), search)
-    except (FileNotFoundError, DataError):
-        raise
-    except Exception as error:  # a line, an id, a whole file that is not what it should be
-        raise DataError(f"the lists of {row.name} cannot be read: {type(error).__name__} {error}") from None
-    for image, label in splits.train + splits.val + splits.test:
-        if isinstance(image, Path) and not image.is_file():
-            raise FileNotFoundError(f"{row.name} lists the image {image}, which is not there")
-        if not 0 <= label < len(splits.classes):
-            raise DataError(f"{row.name}: {image} has label {label}, outside 0 to {len(splits.classes) - 1}")
+    splits = row.load(row, Path(os.path.expanduser(root)), search)
+    for image, _ in splits.train + splits.val + splits.test:
+        if isinstance(image, Path) and not os.path.isfile(image):
+            raise DataError(f"{row.name} lists the image {image}, which is not there: get it from {row.source}")
     return splits
 
 
 def digest(splits):
-    """SHA-256 of names, labels and file sizes of all samples (of arrays their bytes), to tell data from other data."""
-    digest = hashlib.sha256()
+    """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
+    sha = hashlib.sha256(repr((splits.classes, *map(len, splits[:3]))).encode())
     for image, label in splits.train + splits.val + splits.test:
-        what = f"{'/'.join(image.parts[-2:])} {image.stat().st_size}" if isinstance(image, Path) else image.tobytes()
-        digest.update(f"{what} {label}\n".encode())
-    return digest.hexdigest()
+        known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
+        sha.update(f"{label} {known}".encode())
+    return sha.hexdigest()
+
+
+@contextmanager
+def reading(what):
+    """Any error in the `with` block becomes a DataError about `what`: damaged files provoke errors of every kind."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"cannot read {what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 # ---------------------------------------------------------------------- layouts on disk
 
+SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+            "testing": "test"}  # by a folder's name, in lower case  # fmt: skip
+
+
+def images_below(folder):
+    """{image below the folder: names of the folders above it}, and a Counter of the files left out.
+
+    Those are counted by extension, or as hidden: what editors, network drives and macOS leave behind.
+    """
+
+    def stop(error):
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    images, left_out = {}, Counter()
+    for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
+        for path in [Path(place, name) for name in names]:
+            *above, name = path.relative_to(folder).parts
+            if any(re.match(r"[.@]|__MACOSX$", part) for part in (*above, name)):
+                left_out["hidden"] += 1
+            elif path.suffix.lower() in IMG_EXTENSIONS:
+                images[path] = above
+            else:
+                left_out[path.suffix or "without extension"] += 1
+    return dict(sorted(images.items())), left_out
+
 
 def class_folders(folder, row, root, search):
-    """train/<class>/*, test/<class>/* and, if there is one, val/<class>/*."""
-    if not (folder / "train").is_dir() or not (folder / "test").is_dir():
-        raise FileNotFoundError(f"{folder} needs the folders train/<class>/ and test/<class>/ with images")
-    classes, index = find_classes(folder / "train")
-    parts = []
-    for split in ("train", "val", "test"):
-        inside = {path.name for path in (folder / split).glob("*") if path.is_dir()}
-        if unknown := inside - set(classes):
-            raise DataError(f"{folder / split} has class {min(unknown)!r}, which is missing in {folder / 'train'}")
-        found = make_dataset(folder / split, index, IMG_EXTENSIONS, allow_empty=split != "train") if inside else []
-        parts.append([(Path(path), label) for path, label in found])
-    return hold_out(Splits(*parts, classes, "its own folders"), share=0.1)
+    """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train.
+
+    Without test images a fifth of each class is held out, and without validation images a tenth of the rest.
+    """
+    images, left_out = images_below(folder)
+    own = any(len(above) > 1 and above[0].lower() in SPLIT_OF for above in images.values())
+    parts = {"train": [], "val": [], "test": []}
+    for image, above in images.items():
+        split, name, *_ = (*above, "", "") if own else ("train", *above, "")
+        split = SPLIT_OF.get(split.lower())
+        if split and name:
+            parts[split].append((image, name))
+            with opened(image):  # a file that is no image is named before the training
+                pass
+        else:
+            left_out["outside the class folders"] += 1
+    classes = sorted({name for _, name in parts["train"]})
+    unknown = sorted({name for _, name in parts["val"] + parts["test"]} - set(classes))
+    if unknown or len(classes) < 2:
+        raise DataError(
+            f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: "
+            f"it has training images of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
+        )
+    samples = [[(image, classes.index(name)) for image, name in part] for part in parts.values()]
+    origin = "its own folders" if own else "folders of classes"
+    if left_out:
+        origin += f" without {', '.join(f'{count} {kind}' for kind, count in left_out.items())}"
+    splits = hold_out(hold_out(Splits(*samples, classes, origin), "test", 0.2), "val", 0.1)
+    untested = sorted(set(classes) - {classes[label] for _, label in splits.test})
+    return splits._replace(notes=[f"no test images of {', '.join(untested)}"] if untested else [])
 
 
-def fgvc(folder, images, splits, row, root, search, archive_md5=None):
-    """One of FGVC's five sets: a folder of `images`, and train.json, val.json and test.json as published with VPT.
+def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
+    """One of FGVC's five sets: the folders of its `images`, and train.json, val.json and test.json as VPT has them.
 
     Those hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
     folder = root / folder
-    fetch(folder / images, row.source, inside=f"**/{images}", md5=archive_md5)
+    for name in images:
+        fetch(folder / name, row.source, inside=f"**/{name}", **checksum)
     listed = []
     for split, md5 in zip(("train", "val", "test"), FGVC_MD5[splits].split()):
-        url = f"{FGVC_SPLITS}/{splits}/{split}.json"
-        fetch(folder / f"{split}.json", url, partial(download_url, url, md5=md5))
-        listed.append(json.loads((folder / f"{split}.json").read_text()))
+        path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{splits}/{split}.json"
+        fetch(path, url, partial(download_url, url, md5=md5))
+        with reading(f"the list {path}, which comes from {url}"):
+            pairs = json.loads(path.read_text(encoding="utf-8-sig")).items()
+            listed.append([(Path(path), int(class_id)) for path, class_id in pairs])
 
     def locate(path):
         # Flowers and cars are listed with the folder of the images, the others without it. Cars are packed as
-        # cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before.
-        place = folder / path
-        return place if place.exists() else folder / Path(*dict.fromkeys([images, *Path(path).parts]))
+        # cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before; cars_test likewise.
+        parts = path.parts if path.parts[0] in images else (images[0], *path.parts)
+        place = folder.joinpath(*parts)
+        return place if os.path.exists(place) else folder.joinpath(*dict.fromkeys(parts))
 
-    ids = sorted({class_id for part in listed for class_id in part.values()})
-    index = {class_id: label for label, class_id in enumerate(ids)}
-    samples = [[(locate(path), index[class_id]) for path, class_id in part.items()] for part in listed]
-    names = {label: path.parent.name for part in samples for path, label in part}
-    if len(set(names.values())) < len(names):  # flowers and cars have no folder for each class
-        names = {label: f"class {class_id}" for class_id, label in index.items()}
-    return Splits(*samples, [names[label] for label in range(len(ids))], "VPT's train.json, val.json and test.json")
+    names = {class_id: path.parent.name for part in listed for path, class_id in part}
+    ids = sorted(names)
+    classes = [names[class_id] for class_id in ids]
+    if len(set(classes)) < len(ids):  # flowers and cars have no folder for each class
+        classes = [f"class {class_id}" for class_id in ids]
+    samples = [[(locate(path), ids.index(class_id)) for path, class_id in part] for part in listed]
+    return Splits(*samples, classes, f"{whose} train.json, val.json and test.json")
 
 
 def vtab(row, root, search):
@@ -147,8 +207,15 @@ def vtab(row, root, search):
     folder = root / row.name.replace("vtab", "vtab-1k")
 
     def listed(name):
-        pairs = (line.rsplit(maxsplit=1) for line in (folder / f"{name}.txt").read_text().splitlines() if line.strip())
-        return [(folder / path, int(label)) for path, label in pairs]
+        path, samples = folder / f"{name}.txt", []
+        with reading(f"{path}, which comes from {row.source}"):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with reading(f"line {number} of {path}, {line!r}, as a path and a label below {row.classes}"):
+                    image, label = line.rsplit(maxsplit=1)
+                    samples.append((folder / image, range(row.classes).index(int(label))))
+        return samples
 
     classes = [f"class {label}" for label in range(row.classes)]
     if search:
@@ -168,53 +235,63 @@ def in_torchvision(kind, on_disk, row, root, search, val=None):
     splits = ("train", val, "test")
     fetch(root / on_disk, row.source, lambda part: [read(split, part, download=True) for split in splits if split])
     loader = {"loader": Path} if kind in ("DTD", "Food101") else {}  # too large to be read as images here
-    try:
+    with reading(f"{row.name} below {root}, which comes from {row.source}"):
         parts = [read(split, root, **loader) if split else [] for split in splits]
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{row.name} below {root} is not whole ({error}); it comes from {row.source}") from None
+        samples = [[(x if loader else np.asarray(x), int(label)) for x, label in part] for part in parts]
     classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
-    samples = [[(x if loader else np.asarray(x), int(label)) for x, label in part] for part in parts]
-    return hold_out(Splits(*samples, classes, "official split"), share=0.2)
+    return hold_out(Splits(*samples, classes, "official split"), "val", 0.2)
 
 
-def hold_out(splits, share):
-    """Without validation, `share` of each class of train is held out: one image at least, but never its only one."""
-    if splits.val:
+def hold_out(splits, part, share):
+    """An empty `part`, val or test, becomes `share` of each class of train: at least one image, never its only one."""
+    if getattr(splits, part):
         return splits
     labels, rng = np.array([label for _, label in splits.train]), np.random.default_rng(0)
-    held = np.zeros(len(labels), dtype=bool)
+    out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         count = max(1, round(share * len(members))) if len(members) > 1 else 0
-        held[rng.permutation(members)[:count]] = True
-    train, val = ([sample for sample, out in zip(splits.train, held) if out == side] for side in (False, True))
-    return splits._replace(train=train, val=val, origin=f"{splits.origin}, {share:.0%} of train kept for validation")
+        out[rng.permutation(members)[:count]] = True
+    kept, held = ([sample for sample, is_out in zip(splits.train, out) if is_out == side] for side in (False, True))
+    origin = f"{splits.origin}, {share:.0%} of train kept for {'testing' if part == 'test' else 'validation'}"
+    return splits._replace(**{"train": kept, part: held}, origin=origin)
 
 
-def fetch(path, source, download=None, inside="*", md5=None):
-    """Unless `path` is there, `download(folder)` makes it in a temporary folder, from which it is moved when whole.
+def fetch(path, source, download=None, inside="*", **checksum):
+    """If `path` is missing, downloads into a temporary folder and moves the files into place once complete, it last.
 
-    By default that unpacks `source` if it is an archive. What matches `inside` there is moved into the folder of
-    `path`, `path` itself last. Raises FileNotFoundError that says where to get it and where to put it.
+    `download(folder)` does so, by default `unpack` if `source` is an archive. What matches `inside` there is moved.
+    Where another process was faster, its files are used. DataError says where to get `path` and where to put it.
     """
-    if path.exists():
+    if os.path.exists(path):
         return
     failure = "has no direct link"
     if download is None and source.endswith((".tgz", ".tar", ".zip")):
-        download = partial(download_and_extract_archive, source, md5=md5)
+        download = partial(unpack, source, **checksum)
     if download:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-            try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
                 download(folder)
                 for made in sorted(Path(folder).glob(inside), key=lambda made: made.name == path.name):
-                    made.rename(path.parent / made.name)
-                if path.exists():
-                    return
-                failure = "is not in the archive"
-            except Exception as error:  # the network's, the archive's, the checksum's
-                failure = f"cannot be downloaded ({str(error) or type(error).__name__})"
-    raise FileNotFoundError(f"{path} is not there, and {failure}: get it from {source} and put it there")
+                    made.replace(path.parent / made.name)
+            failure = "is not in the archive"
+        except Exception as error:  # the network's, the archive's, the checksum's, the disk's
+            failure = f"cannot be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
+    if not os.path.exists(path):
+        raise DataError(f"{path} is not there, and {failure}: get it from {source} and put it there")
+
+
+def unpack(source, folder, **checksum):
+    """Downloads an archive into a folder and unpacks it there, nothing outside of it; checks its md5 or sha256."""
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError("unpacking safely takes Python 3.10.12, 3.11.4, 3.12 or later")
+    download_url(source, folder)
+    archive = Path(folder, Path(source).name)
+    for algorithm, digits in checksum.items():
+        if hashlib.new(algorithm, np.memmap(archive)).hexdigest() != digits:
+            raise DataError(f"its {algorithm} is not {digits}")
+    shutil.unpack_archive(archive, folder, **{} if archive.suffix == ".zip" else {"filter": "data"})
 
 
 # ---------------------------------------------------------------------- images drawn by the program
@@ -282,27 +359,49 @@ def transform(crop, image_size, mean, std, training=False):
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
+@contextmanager
+def opened(path):
+    """In a `with` block, the PIL image of a file, not yet decoded; DataError names a file that is damaged or none."""
+    # Given a path, Pillow maps some TIFFs to memory and turns them twice.
+    with reading(f"the image {path}"), open(path, "rb") as file, Image.open(file) as image:
+        tags = getattr(image, "tag_v2", {})  # a TIFF's bits and, 1, whether 0 is black
+        known = image.mode.startswith("I;16") and (tags.get(258), tags.get(262)) == ((16,), 1)
+        known = known or image.format in ("PNG", "PPM", "JPEG2000")
+        if image.mode == "F" or image.mode.startswith("I") and not known:
+            raise ValueError(f"pixels of mode {image.mode} have no agreed scale, save them with 8 or 16 bits")
+        yield image
+
+
 def open_picture(image):
-    """A path or an (H, W, 3) uint8 array -> an upright RGB PIL image; ValueError names a damaged file."""
+    """A path or an (H, W, 3) uint8 array -> an upright RGB PIL image, on white; DataError names a damaged file."""
     if not isinstance(image, Path):
         return Image.fromarray(image)
-    try:
-        with Image.open(image) as image:
-            if image.mode.startswith("I;16"):  # Pillow would cut it off at 255
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow raises whatever the bytes happen to provoke
-        raise ValueError(f"cannot read the image {image}: {type(error).__name__}") from None
+    with opened(image) as file:
+        file.load()
+        image = file
+        if file.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            deep = np.asarray(file)
+            image = np.where(deep == file.info.get("transparency"), 255, deep // 257)
+            image = Image.fromarray(image.astype(np.uint8))
+        elif file.mode.endswith(("A", "a")) or "transparency" in file.info:
+            image = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
+        image = image.convert("RGB")
+        with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
+            exif = Image.Exif()
+            exif[0x0112] = file.getexif()[0x0112] if file.format != "TIFF" else 1  # Pillow turns TIFFs by itself
+            image.info = {"exif": exif.tobytes()}
+            image = ImageOps.exif_transpose(image)
+        return image
 
 
 def find_images(paths):
-    """The files among the paths, and for each folder all images below it, by name; FileNotFoundError for none."""
+    """The files among the paths, and for each folder all images below it, by name; DataError for none."""
     found = []
     for path in paths:
-        inside = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
+        inside = [path] if os.path.isfile(path) else list(images_below(path)[0])
         if not inside:
-            raise FileNotFoundError(f"there is no image {path}, and none below it")
-        found += sorted(inside)
+            raise DataError(f"there is no image {path}, and none below it")
+        found += inside
     return found
 
 
@@ -368,21 +467,27 @@ FGVC_MD5 = {  # of train.json, val.json and test.json
     "stanforddogs": "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
     "stanfordcars": "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7",
 }
-MIRROR = "https://huggingface.co/datasets/XiN0919"
+DOGS_SHA256 = "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"
 
 # (layout, source)
 CUB = (
-    partial(fgvc, "CUB_200_2011", "images", "cub", archive_md5="97eceeb196236b17998738112f37df78"),
+    partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
     "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
 )
-NABIRDS = partial(fgvc, "nabirds", "images", "nabirds"), "https://dl.allaboutbirds.org/nabirds"
+NABIRDS = partial(fgvc, "nabirds", ["images"], "nabirds"), "https://dl.allaboutbirds.org/nabirds"
 FLOWERS = (
-    partial(fgvc, "flowers-102", "jpg", "oxfordflowers", archive_md5="52808999861908f626f3c1f4e79d11fa"),
+    partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
     "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
 )
-DOGS = partial(fgvc, "dogs", "Images", "stanforddogs"), "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"
-CARS = partial(fgvc, "stanford_cars", "cars_train", "stanfordcars"), f"{MIRROR}/FGVC"
-VTAB = vtab, f"{MIRROR}/VTAB-1k/resolve/main/vtab-1k.zip"
+DOGS = (
+    partial(fgvc, "dogs", ["Images"], "stanforddogs", sha256=DOGS_SHA256),
+    "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
+)
+CARS = (
+    partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars", whose="github.com/savadikarc/gift's"),
+    "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset",
+)
+VTAB = vtab, "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
 CIFAR10 = partial(in_torchvision, "CIFAR10", "cifar-10-batches-py"), "https://www.cs.toronto.edu/~kriz/cifar.html"
 CIFAR100 = partial(in_torchvision, "CIFAR100", "cifar-100-python"), "https://www.cs.toronto.edu/~kriz/cifar.html"
 DTD = partial(in_torchvision, "DTD", "dtd", val="val"), "https://www.robots.ox.ac.uk/~vgg/data/dtd"

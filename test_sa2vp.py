@@ -19,8 +19,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import types
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -1128,8 +1130,8 @@ def listed(pictures, lists, form, name="{n}/{split}{i}{n}.jpg", counts={"train":
     return found
 
 
-def ids(pairs, prefix=""):
-    return {prefix + name: (295, 1010)[label] for name, label in pairs}
+def ids(pairs):
+    return {name: (295, 1010)[label] for name, label in pairs}
 
 
 def by_class(pairs):
@@ -1146,16 +1148,15 @@ CLEVR = listed(
     VTAB, f"{VTAB}{{}}.txt", lambda pairs: "\n".join(f"{name} {label}" for name, label in pairs),
     counts={"train800": 8, "val200": 2, "train800val200": 10, "test": 4},
 )  # fmt: skip
+CARS = listed("stanford_cars/", "stanford_cars/{}.json", ids, "cars_{split}/cars_{split}/{split}{i}{n}.jpg")
+CARS = json.loads(json.dumps(CARS).replace("cars_val", "cars_train"))  # validation images are training images
 BATCHES = dict.fromkeys([f"data_batch_{i}" for i in range(1, 6)], 4) | {"test_batch": 8}
 LAYOUTS = {  # name: a small copy, of 16 pictures for training, 4 for validation and 8 for testing
     "cub": listed("CUB_200_2011/images/", "CUB_200_2011/{}.json", ids),
     "nabirds": listed("nabirds/images/", "nabirds/{}.json", ids),
     "flowers": listed("flowers-102/", "flowers-102/{}.json", ids, "jpg/{split}{i}{n}.jpg"),
     "dogs": listed("dogs/Images/", "dogs/{}.json", ids),
-    "cars": listed(  # named as they are packed nowadays, and packed as they were before
-        "stanford_cars/", "stanford_cars/{}.json", lambda pairs: ids(pairs, "cars_train/"),
-        "cars_train/{split}{i}{n}.jpg",
-    ),
+    "cars": CARS,
     "vtab/clevr_count": CLEVR,
     "hta/cifar10": cifar("cifar-10-batches-py", BATCHES, "labels", **{"batches.meta": {"label_names": "ab"}}),
     "hta/cifar100": cifar("cifar-100-python", {"train": 20, "test": 8}, "fine_labels", meta={"fine_label_names": "ab"}),
@@ -1184,7 +1185,7 @@ def test_every_layout_is_read(tmp_path, monkeypatch, name):
         scipy.io = scipy
         monkeypatch.setitem(sys.modules, "scipy", scipy)
         monkeypatch.setitem(sys.modules, "scipy.io", scipy)
-    *parts, classes, _ = splits = data.load(data.find(name), tmp_path)
+    *parts, classes, _, _ = splits = data.load(data.find(name), tmp_path)
     counts = [np.bincount([label for _, label in part], minlength=2).tolist() for part in parts]
     assert counts == ([[10, 10], [0, 0], [4, 4]] if name.startswith("vtab") else [[8, 8], [2, 2], [4, 4]])
     for picture, label in sum(parts, []):
@@ -1195,9 +1196,23 @@ def test_every_layout_is_read(tmp_path, monkeypatch, name):
         assert name == "cars" or data.load(data.find(f"hta/{name}"), tmp_path) == splits
 
 
+@pytest.mark.parametrize("flat", [["train"], ["test"], ["train", "test"]])
+def test_each_folder_of_cars_may_be_packed_with_or_without_its_name_twice(tmp_path, flat):
+    def packed(path):
+        for part in flat:
+            path = path.replace(f"cars_{part}/cars_{part}/", f"cars_{part}/")
+        return path
+
+    write(tmp_path, {packed(path): content for path, content in CARS.items()})
+    splits = data.load(data.find("cars"), tmp_path)
+    assert list(map(len, splits[:3])) == [16, 4, 8] and "VPT" not in splits.origin
+    for image, _ in splits.train + splits.test:
+        assert len(image.relative_to(tmp_path).parts) == (3 if image.parts[-2].removeprefix("cars_") in flat else 4)
+
+
 def test_what_is_missing_or_damaged_is_named_with_where_it_comes_from_and_belongs(tmp_path, monkeypatch):
     def refused(name, says):
-        with pytest.raises((FileNotFoundError, data.DataError), match=says):
+        with pytest.raises(data.DataError, match=says):
             data.load(data.find(name), tmp_path)
 
     monkeypatch.setattr(data, "find_spec", lambda _: None)
@@ -1208,7 +1223,7 @@ def test_what_is_missing_or_damaged_is_named_with_where_it_comes_from_and_belong
     (tmp_path / "CUB_200_2011/images/0/train00.jpg").unlink()
     refused("cub", "train00.jpg, which is not there")
     write(tmp_path, {"CUB_200_2011/val.json": "{"})
-    refused("cub", "lists of cub cannot")
+    refused("cub", "cannot read the list .*val.json, which comes from https://raw")
 
 
 def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accuracy(server, run, monkeypatch, capsys):
@@ -1219,14 +1234,14 @@ def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accura
     archive = Path(shutil.make_archive("CUB_200_2011", "gztar", "packed")).rename(server.folder / "CUB_200_2011.tgz")
     md5, *md5s = (hashlib.md5(path.read_bytes()).hexdigest() for path in (archive, *lists))
     row = data.TABLE["cub"]
-    load = functools.partial(row.load, archive_md5=md5)
+    load = functools.partial(row.load, md5=md5)
     monkeypatch.setitem(data.TABLE, "cub", row._replace(source=f"{server.url}/{archive.name}", load=load))
     monkeypatch.setitem(data.FGVC_MD5, "cub", " ".join(md5s))
     monkeypatch.setattr(data, "FGVC_SPLITS", server.url)
     for path, left in ((archive, []), (lists[1], ["images", "train.json"])):
         content = path.read_bytes()
         path.write_bytes(content[:-2] + b"\n}")  # the list can be read, and its checksum is wrong
-        with pytest.raises(FileNotFoundError, match="cannot be downloaded .* and put it there"):
+        with pytest.raises(data.DataError, match="cannot be downloaded .* and put it there"):
             data.load(data.find("cub"), "root")
         assert sorted(os.listdir("root/CUB_200_2011")) == left
         path.write_bytes(content)
@@ -1248,6 +1263,72 @@ def test_an_interrupted_download_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.fetch(tmp_path / "images", "source", interrupted)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("member, kind", [("../out", "0"), ("/{}/out", "0"), ("link", "2"), ("hard", "1"), ("", None)])
+def test_no_archive_writes_outside_its_folder(server, tmp_path, member, kind):
+    path = server.folder / f"birds.{'tar' if kind else 'zip'}"
+    path.parent.mkdir()
+    if kind:
+        with tarfile.open(path, "w") as archive:
+            info = tarfile.TarInfo(member.format(tmp_path))
+            info.type, info.linkname = kind.encode(), "../../out"
+            archive.addfile(info)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("../../out", ""), archive.writestr(f"{tmp_path}/out", "")
+    with pytest.raises(data.DataError, match="cannot be downloaded .*outside|is not in the archive"):
+        data.fetch(tmp_path / "root/images", f"{server.url}/{path.name}", inside="images")
+    assert not (tmp_path / "out").exists() and not os.listdir(tmp_path / "root")
+
+
+def test_a_wrong_sha256_is_refused_and_so_is_unpacking_with_an_old_python(server, tmp_path, monkeypatch):
+    write(tmp_path / "packed", {"images/1.png": ""})
+    shutil.make_archive(server.folder / "birds", "zip", tmp_path / "packed")
+    fetch = functools.partial(data.fetch, tmp_path / "root/images", f"{server.url}/birds.zip", inside="images")
+    with pytest.raises(data.DataError, match="its sha256 is not"):
+        fetch(sha256="0" * 64)
+    with monkeypatch.context() as patch, pytest.raises(data.DataError, match="3.10.12, 3.11.4"):
+        patch.delattr(tarfile, "data_filter")
+        fetch()
+    fetch(sha256=hashlib.sha256((server.folder / "birds.zip").read_bytes()).hexdigest())
+    assert os.listdir(tmp_path / "root") == ["images"] and "sha256" in data.DOGS[0].keywords
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_of_two_first_downloads_the_slower_uses_what_the_faster_brought(tmp_path, fails):
+    def slower(folder):
+        data.fetch(tmp_path / "images", "source", lambda other: write(Path(other), {"images/1.png": "faster"}))
+        write(Path(folder), {"images/1.png": "slower"})
+        if fails:
+            raise OSError("connection lost")
+
+    data.fetch(tmp_path / "images", "source", slower)
+    assert os.listdir(tmp_path) == ["images"] and (tmp_path / "images/1.png").read_text() == "faster"
+
+
+@pytest.mark.parametrize("line", ["images/1.jpg", "images/1.jpg,1", "images/1.jpg one", "images/1.jpg 8", "1.jpg -1"])
+def test_a_damaged_line_of_vtab_is_named_and_a_data_set_that_is_missing_too(tmp_path, line):
+    write(tmp_path, CLEVR)
+    path = tmp_path / VTAB / "test.txt"
+    path.write_text(f"{path.read_text()}\n\n{line}\n")
+    with pytest.raises(data.DataError, match=f"line 10 of {path}, '{line}', as a path and a label below 8"):
+        data.load(data.find("vtab/clevr_count"), tmp_path)
+    with pytest.raises(data.DataError, match="vtab-1k/cifar/train800val200.txt, which comes from https://huggingface.co"):
+        data.load(data.find("vtab/cifar"), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"0/1.jpg": null}', '{"0/1.jpg": "ant"}', b"\xff"])
+def test_a_damaged_list_of_fgvc_is_named(tmp_path, content):
+    write(tmp_path, LAYOUTS["cub"] | {"CUB_200_2011/val.json": content})
+    with pytest.raises(data.DataError, match="cannot read the list .*val.json, which comes from https://raw"):
+        data.load(data.find("cub"), tmp_path)
+
+
+def test_a_bug_in_a_loader_keeps_its_traceback(tmp_path):
+    row = data.find("shapes")._replace(load=lambda row, root, search: {}["bug"])
+    with pytest.raises(KeyError):
+        data.load(row, tmp_path)
 
 
 def test_the_table_has_the_papers_settings():
@@ -1310,8 +1391,89 @@ def test_the_split_is_always_the_same_and_holds_out_a_tenth(tmp_path):
     np.random.seed(1), torch.manual_seed(1)
     assert splits == load(train=20, test=3)
     assert list(map(len, load(train=20, val=5, test=3)[:3])) == [40, 10, 6]
-    splits = data.hold_out(data.Splits([("a", 0), ("b", 1), ("c", 1)], [], [], [], ""), share=0.1)
+    splits = data.hold_out(data.Splits([("a", 0), ("b", 1), ("c", 1)], [], [], [], ""), "val", share=0.1)
     assert splits.train[0] == ("a", 0) and len(splits.val) == 1  # a class of one stays in train
+
+
+def read_folder(folder, files):
+    write(folder, files)
+    return data.load(data.find(str(folder)), folder)
+
+
+def images(*places, count=10):
+    return {f"{place}/{i}.png": None for place in places for i in range(count)}
+
+
+@pytest.mark.parametrize("layout, origin, counts", [
+    ("{}", "folders of classes, 20% of train kept for testing, 10% of train kept for validation", [14, 2, 4]),
+    ("train/{}", "its own folders, 20% of train kept for testing, 10% of train kept for validation", [14, 2, 4]),
+    ("train/{} test/{}", "its own folders, 10% of train kept for validation", [18, 2, 20]),
+    ("train/{} valid/{}", "its own folders, 20% of train kept for testing", [16, 20, 4]),
+    ("Training/{} validation/{} Testing/{}", "its own folders", [20, 20, 20]),
+])  # fmt: skip
+def test_any_folder_of_class_folders_is_read_and_what_is_missing_held_out(tmp_path, layout, origin, counts):
+    places = [place.format(name) for place in layout.split() for name in ("ant", "train")]  # a train is a class, too
+    splits = read_folder(tmp_path, images(*places))
+    assert splits.origin == origin and list(map(len, splits[:3])) == counts and splits.classes == ["ant", "train"]
+    assert all(sum(label for _, label in part) == len(part) / 2 for part in splits[:3])
+    assert len(set(sum(splits[:3], []))) == 10 * len(places) and read_folder(tmp_path, {}) == splits
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_system_names_are_neither_classes_nor_images(tmp_path):
+    folder = tmp_path / ".cache" / "pets"  # above the data set any name will do
+    hidden = ("train/.ipynb_checkpoints", "train/ant/.ipynb_checkpoints", "train/@eaDir", "__MACOSX/train/ant")
+    odd = images(*hidden, count=1)
+    odd |= {"train/ant/._0.png": b"", "train/cow/1.jfif": b"", "test/bee/1.jfif": b"", "readme": b"", "test/1.png": b""}
+    (folder / "train" / "@Recycle").mkdir(parents=True)
+    splits = read_folder(folder, images("train/ant", "train/bee", "test/ant") | odd)
+    assert splits.classes == ["ant", "bee"] and list(map(len, splits[:3])) == [18, 2, 10]
+    left_out = dict(part.split(" ", 1)[::-1] for part in re.search("without (.*), 10%", splits.origin)[1].split(", "))
+    assert left_out == {"hidden": "5", ".jfif": "2", "without extension": "1", "outside the class folders": "1"}
+    assert splits.notes == ["no test images of bee"]
+    found = data.find_images([folder, folder / "train/ant/._0.png"])  # what is named is wanted
+    assert len(found) == 32 and not any("__MACOSX" in str(path) for path in found)
+
+
+@pytest.mark.parametrize("files, says", [
+    (images("photos/ant", "photos/bee"), "in two or more <class>"),  # one folder too high
+    (images("test/ant", "test/bee"), "in two or more <class>"),
+    (images("train/ant", "train/bee", "test/cow"), "of ant, bee and none of cow"),
+    (images("ant", "bee") | {"bee/x.jpg": "no image"}, "x.jpg: cannot identify image file"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_used_is_refused_with_the_reason(tmp_path, files, says):
+    with pytest.raises(data.DataError, match=says):
+        read_folder(tmp_path, files)
+
+
+def test_a_name_is_the_benchmark_and_a_path_the_folder_and_both_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_folder(tmp_path / "flowers")
+    write(tmp_path, {"vtab/cat/1.JPG": None, **images("dogs/Images/chow")})
+    for name in ("flowers", "vtab"):
+        with pytest.raises(data.DataError, match=f"write ./{name}"):
+            data.members(["shapes", name])
+        assert data.members([f"./{name}"]) == [f"./{name}"]
+    assert data.members(["dogs", "fgvc"])  # the benchmark's own folder below the root
+    Path("other").symlink_to("flowers")
+    for path in ("~/other", "./x/../other", str(tmp_path / "other")):
+        row = data.find(path)
+        assert (row.name, row.source) == (f"{tmp_path.name}/other", str(tmp_path / "other"))
+    write(tmp_path / "data", CLEVR)
+    assert data.load(data.find("vtab/clevr_count"), "~/data").test[0][0].is_relative_to(tmp_path)
+
+
+def test_a_digest_changes_with_files_labels_splits_and_classes_and_not_with_the_place(tmp_path):
+    folders = [make_folder(tmp_path / place) for place in "ab"]
+    splits, moved = (data.load(data.find(str(folder)), tmp_path) for folder in folders)
+    (*rest, (image, label)), grey = splits.train, np.full((4, 4, 3), 128, np.uint8)
+    others = [splits._replace(classes=["bee", "ant"]), splits._replace(train=[*rest, (image, 1 - label)]),
+              splits._replace(train=rest, val=[(image, label), *splits.val]), splits._replace(train=rest),
+              *(data.Splits([(grey + i, 0)], [], [], ["a"], "") for i in (0, 1))]  # fmt: skip
+    before = data.digest(splits)
+    assert data.digest(moved) == before and len({before, *map(data.digest, others)}) == 7
+    image.write_bytes(image.read_bytes() + b" ")
+    assert data.digest(splits) != before
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes-source"])
@@ -1355,16 +1517,71 @@ def test_transforms_are_the_papers():
     assert min(len(set(edge)) for edge in (left, top)) > 15
 
 
-def test_pictures_of_every_kind_become_upright_rgb_of_the_same_brightness(tmp_path):
-    grey, deep = Image.new("RGB", (9, 7), (200,) * 3), Image.fromarray(np.full((7, 9), 200 * 257, dtype=np.uint16))
-    for picture in (*map(grey.convert, ("L", "P", "RGBA", "LA", "CMYK")), deep):
-        picture.save(tmp_path / "picture.tiff")
-        found = data.open_picture(tmp_path / "picture.tiff")
-        assert found.mode == "RGB" and found.size == (9, 7) and abs(found.getpixel((4, 3))[0] - 200) < 6
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was rotated by 90 degrees
-    grey.save(tmp_path / "turned.jpg", exif=exif)
-    assert data.open_picture(tmp_path / "turned.jpg").size == (7, 9)
+def saved(path, pixels, **options):
+    """An image file, read again: its upright RGB pixels."""
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
+    return np.asarray(data.open_picture(path))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK"])
+def test_images_of_every_kind_become_rgb_of_the_same_brightness(tmp_path, mode):
+    found = saved(tmp_path / "image.tiff", Image.new("RGB", (9, 7), (204,) * 3).convert(mode))
+    assert found.shape == (7, 9, 3) and np.abs(found - 204.0).max() < 2
+
+
+def test_16_bits_are_divided_by_257_and_what_has_no_agreed_scale_is_refused(tmp_path):
+    deep = np.array([[0, 257, 200 * 257, 65535]], np.uint16)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 4 1 65535\n" + deep.astype(">u2").tobytes())
+    files = [np.asarray(data.open_picture(tmp_path / "deep.pgm")), saved(tmp_path / "deep.tiff", deep)]
+    for pixels in (*files, saved(tmp_path / "deep.png", deep)):
+        assert pixels[0].tolist() == [[0] * 3, [1] * 3, [200] * 3, [255] * 3]
+    white_is_0, signed = {262: 0}, {339: 2}  # TIFF's tags
+    odd = (deep.astype(np.int32), {}), (deep.astype(np.float32), {}), (deep, white_is_0), (deep, signed)
+    for pixels, tags in odd:
+        with pytest.raises(data.DataError, match="deep.tiff: pixels of mode (I|F|I;16) have no agreed scale"):
+            saved(tmp_path / "deep.tiff", pixels, tiffinfo=tags)
+
+
+@pytest.mark.parametrize("mode, black, hole", [
+    ("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)), ("LA", (0, 255), (0, 0)), ("P", 0, 2), ("L", 0, 2), ("RGB", 0, (2, 2, 2)),
+    ("I;16", 0, 514),
+])  # fmt: skip
+def test_what_is_transparent_is_white(tmp_path, mode, black, hole):
+    image = Image.new(mode, (2, 1), black)
+    if mode == "P":
+        image.putpalette(bytes(9))
+    image.putpixel((1, 0), hole)
+    options = {} if mode.endswith("A") else {"transparency": hole}  # one value is transparent
+    assert saved(tmp_path / "hole.png", image, **options).tolist() == [[[0] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_images_are_upright_however_damaged_their_other_metadata_are(tmp_path, kind):
+    upright, path = np.zeros((32, 64), np.uint8), tmp_path / f"turned.{kind}"
+    upright[:16, :16] = 255
+    for orientation, turns in ((3, 2), (6, 1), (8, 3)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        found = saved(path, np.ascontiguousarray(np.rot90(upright, turns)), exif=exif)
+        assert np.array_equal(found[..., 0] > 128, upright > 128)
+    if kind in ("jpeg", "webp"):  # orientation 6, and -1 / 0 pixels per inch
+        fields = b"\x12\1\3\0\1\0\0\0\6\0\0\0" + b"\x1a\1\x0a\0\1\0\0\0\x26\0\0\0"
+        exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + fields + b"\0\0\0\0\xff\xff\xff\xff\0\0\0\0"
+        found = saved(path, np.ascontiguousarray(np.rot90(upright)), exif=exif)
+        assert np.array_equal(found[..., 0] > 128, upright > 128)
+    if kind != "tiff":
+        assert saved(path, upright, exif=b"Exif\0\0garbage").shape == (32, 64, 3)
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"no image", "cannot identify image file"),
+    (b"P5 9 9 255\n1", "truncated"),
+    (b"P5 20000 20000 255\n", "exceeds limit"),
+])  # fmt: skip
+def test_an_image_is_refused_with_pillows_reason(tmp_path, content, says):
+    write(tmp_path, {"bad.pgm": content})
+    with pytest.raises(data.DataError, match=f"cannot read the image {tmp_path / 'bad.pgm'}: .*{says}"):
+        data.open_picture(tmp_path / "bad.pgm")
 
 
 # ---------------------------------------------------------------------- several runs
