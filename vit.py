@@ -290,8 +290,8 @@ def read_config(folder):
             config |= json.loads(path.read_bytes())
         except (OSError, TypeError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error})") from None
-    config |= config.get("pretrained_cfg", {})  # timm's
-    mean, std = (tuple(config.get(name) or config.get(f"image_{name}", ())) for name in ("mean", "std"))
+    config |= config.get("pretrained_cfg") or {}  # timm's
+    mean, std = (tuple(config.get(name) or config.get(f"image_{name}") or ()) for name in ("mean", "std"))
     names = [name for name, pair in NORMALIZE.items() if pair == (mean, std)]
     return {"heads": config.get("num_attention_heads"), "normalize": names[0] if names else mean + std}
 
