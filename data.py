@@ -69,14 +69,6 @@ def find(name):
     raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
 
 
-def members(names):
-    """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
-    for name in names:
-        if name in {**TABLE, **GROUPS} and os.path.isdir(os.path.join(name, "train")):
-            raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
-    return [member for name in names for member in (members(GROUPS[name]) if name in GROUPS else [name])]
-
-
 def members(names, given=True):
     """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
     for name in names if given else ():
@@ -491,97 +483,87 @@ FGVC_MD5 = {  # of train.json, val.json and test.json
     "stanforddogs": "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
     "stanfordcars": "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7",
 }
-DOGS_SHA256 = "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"
+CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
+VTAB_1K = "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
+SOURCES = {  # name: (classes, loader, where to download it)
+    "cub": (200, partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
+            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"),
+    "nabirds": (555, partial(fgvc, "nabirds", ["images"], "nabirds"), "https://dl.allaboutbirds.org/nabirds"),
+    "flowers": (102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
+                "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz"),
+    "dogs": (120, partial(fgvc, "dogs", ["Images"], "stanforddogs",
+                          sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
+             "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"),
+    "cars": (196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars",
+                          whose="github.com/savadikarc/gift's"),
+             "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset"),
+    "cifar10": (10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py"), CIFAR),
+    "cifar100": (100, partial(in_torchvision, "CIFAR100", "cifar-100-python"), CIFAR),
+    "dtd": (47, partial(in_torchvision, "DTD", "dtd", val="val"), "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
+    "food101": (101, partial(in_torchvision, "Food101", "food-101"),
+                "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    "gtsrb": (43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
+    "svhn": (10, partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
+}  # fmt: skip
+FGVC = {  # name: settings
+    "cub": {"inner_dim": 16, "scale": 0.1},
+    "nabirds": {"inner_dim": 32, "scale": 0.1},
+    "flowers": {"inner_dim": 8, "scale": 0.1},
+    "dogs": {"inner_dim": 32, "scale": 0.1},
+    "cars": {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)},
+}
+GENTLE = {"sa2vp": 5e-4}
+VTAB = {  # group: rows of name, classes, r, s and, where it differs, the learning rate
+    "vtab/natural": [
+        ("vtab/caltech101", 102, 8, 0.1),
+        ("vtab/cifar", 100, 8, 0.1),
+        ("vtab/dtd", 47, 8, 0.1),
+        ("vtab/oxford_flowers102", 102, 8, 0.1),
+        ("vtab/oxford_iiit_pet", 37, 8, 0.1, GENTLE),
+        ("vtab/svhn", 10, 16, 0.5),
+        ("vtab/sun397", 397, 8, 0.1),
+    ],
+    "vtab/specialized": [
+        ("vtab/patch_camelyon", 2, 16, 1.5),
+        ("vtab/eurosat", 10, 16, 1.5),
+        ("vtab/resisc45", 45, 16, 0.5),
+        ("vtab/diabetic_retinopathy", 5, 16, 1.5),
+    ],
+    "vtab/structured": [
+        ("vtab/clevr_count", 8, 32, 1.5, GENTLE),
+        ("vtab/clevr_dist", 6, 32, 1.5),
+        ("vtab/dmlab", 6, 32, 1.5),
+        ("vtab/kitti", 4, 32, 1.5),
+        ("vtab/dsprites_loc", 16, 32, 1.5),
+        ("vtab/dsprites_ori", 16, 16, 0.1),
+        ("vtab/smallnorb_azi", 18, 32, 1.5),
+        ("vtab/smallnorb_ele", 9, 32, 0.5),
+    ],
+}
 
-# (layout, source)
-CUB = (
-    partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
-    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-)
-NABIRDS = partial(fgvc, "nabirds", ["images"], "nabirds"), "https://dl.allaboutbirds.org/nabirds"
-FLOWERS = (
-    partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
-    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
-)
-DOGS = (
-    partial(fgvc, "dogs", ["Images"], "stanforddogs", sha256=DOGS_SHA256),
-    "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
-)
-CARS = (
-    partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars", whose="github.com/savadikarc/gift's"),
-    "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset",
-)
-VTAB = vtab, "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
-CIFAR10 = partial(in_torchvision, "CIFAR10", "cifar-10-batches-py"), "https://www.cs.toronto.edu/~kriz/cifar.html"
-CIFAR100 = partial(in_torchvision, "CIFAR100", "cifar-100-python"), "https://www.cs.toronto.edu/~kriz/cifar.html"
-DTD = partial(in_torchvision, "DTD", "dtd", val="val"), "https://www.robots.ox.ac.uk/~vgg/data/dtd"
-FOOD101 = partial(in_torchvision, "Food101", "food-101"), "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
-GTSRB = partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"
-SVHN = partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"
-TARGET = partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), "drawn by the program"
-SOURCE = partial(drawn, what_and_which_colour, KINDS, counts=(7200, 360, 360)), "drawn by the program"
-TARGET_LR = {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "linear": 1e-2, "full": 1e-3}  # searched on validation data
 
-FGVC = dict(crop=True)
-NATURAL, OTHERS = dict(vtab=True), dict(vtab=True, batch_size=40)
-GENTLE = dict(lr={"sa2vp": 5e-4})
+def vtab_row(group, name, classes, inner_dim, scale, lr={}):
+    """A row of VTAB-1k."""
+    settings = {"inner_dim": inner_dim, "scale": scale, "batch_size": 64 if group == "vtab/natural" else 40}
+    return DataSet(name, classes, vtab, VTAB_1K, settings, lr, vtab=True)
 
 
-
-def row(name, classes, load, source, inner_dim, scale, lr={}, crop=False, vtab=False, **settings):
-    """A row of the table; what DataSet does not name is a setting of a run."""
-    return DataSet(name, classes, load, source, dict(inner_dim=inner_dim, scale=scale, **settings), lr, crop, vtab)
-
-
-ROWS = (
-    #       name                  classes  *(layout, source)  r  s
-    row("cub",                     200, *CUB,      16, 0.1, **FGVC),
-    row("nabirds",                 555, *NABIRDS,  32, 0.1, **FGVC),
-    row("flowers",                 102, *FLOWERS,   8, 0.1, **FGVC),
-    row("dogs",                    120, *DOGS,     32, 0.1, **FGVC),
-    row("cars",                    196, *CARS,     64, 1.5, **FGVC, fusion_layers=(4,)),
-    row("vtab/caltech101",         102, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/cifar",              100, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/dtd",                 47, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/oxford_flowers102",  102, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/oxford_iiit_pet",     37, *VTAB,      8, 0.1, **NATURAL, **GENTLE),
-    row("vtab/svhn",                10, *VTAB,     16, 0.5, **NATURAL),
-    row("vtab/sun397",             397, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/patch_camelyon",       2, *VTAB,     16, 1.5, **OTHERS),
-    row("vtab/eurosat",             10, *VTAB,     16, 1.5, **OTHERS),
-    row("vtab/resisc45",            45, *VTAB,     16, 0.5, **OTHERS),
-    row("vtab/diabetic_retinopathy", 5, *VTAB,     16, 1.5, **OTHERS),
-    row("vtab/clevr_count",          8, *VTAB,     32, 1.5, **OTHERS, **GENTLE),
-    row("vtab/clevr_dist",           6, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/dmlab",                6, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/kitti",                4, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/dsprites_loc",        16, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/dsprites_ori",        16, *VTAB,     16, 0.1, **OTHERS),
-    row("vtab/smallnorb_azi",       18, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/smallnorb_ele",        9, *VTAB,     32, 0.5, **OTHERS),
-    row("hta/cub",                 200, *CUB,      64, 0.1),
-    row("hta/nabirds",             555, *NABIRDS,  64, 0.1),
-    row("hta/flowers",             102, *FLOWERS,  64, 0.1),
-    row("hta/dogs",                120, *DOGS,     64, 0.1),
-    row("hta/cifar10",              10, *CIFAR10,  64, 0.1),
-    row("hta/cifar100",            100, *CIFAR100, 64, 0.1),
-    row("hta/dtd",                  47, *DTD,      64, 0.1),
-    row("hta/food101",             101, *FOOD101,  64, 0.1),
-    row("hta/gtsrb",                43, *GTSRB,    64, 0.1),
-    row("hta/svhn",                 10, *SVHN,     64, 0.1),
-    row("shapes",                    8, *TARGET,   16, 1.0, batch_size=32, lr=TARGET_LR, dropout=0.0, epochs=30,
-            weights="runs/shapes-vit/best.pt", image_size=SIDE),
-    row("shapes-source",            12, *SOURCE,   16, 1.0, weights=None, image_size=SIDE),
-)  # fmt: skip
+DRAWN = "drawn by the program"
+ROWS = [
+    *(DataSet(name, *SOURCES[name], settings, crop=True) for name, settings in FGVC.items()),
+    *(vtab_row(group, *row) for group, rows in VTAB.items() for row in rows),
+    *(DataSet(f"hta/{name}", *SOURCES[name], {"inner_dim": 64, "scale": 0.1}) for name in SOURCES if name != "cars"),
+    DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), DRAWN,
+            {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
+             "image_size": SIDE},
+            {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}),  # searched on validation data
+    DataSet("shapes-source", 12, partial(drawn, what_and_which_colour, KINDS, counts=(7200, 360, 360)), DRAWN,
+            {"weights": None, "image_size": SIDE}),
+]  # fmt: skip
 TABLE = {row.name: row for row in ROWS}
-
-# Groups in the paper's order. VTAB's mean is that of its three parts.
-NAMES = [row.name for row in ROWS]
-GROUPS = {
-    "fgvc": NAMES[:5],
-    "vtab/natural": NAMES[5:12],
-    "vtab/specialized": NAMES[12:16],
-    "vtab/structured": NAMES[16:24],
-    "vtab": ["vtab/natural", "vtab/specialized", "vtab/structured"],
-    "hta": NAMES[24:34],
+GROUPS = {  # in the paper's order; VTAB's mean is that of its three parts
+    "fgvc": [*FGVC],
+    **{group: [name for name, *_ in rows] for group, rows in VTAB.items()},
+    "vtab": [*VTAB],
+    "hta": [name for name in TABLE if name.startswith("hta/")],
 }
