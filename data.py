@@ -4,12 +4,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.util import find_spec
@@ -18,12 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import download_url
+from torchvision import datasets, transforms
 
 
 class DataError(ValueError):
@@ -51,7 +46,7 @@ class DataSet(NamedTuple):
 
     name: str
     classes: int | None
-    load: Callable[..., Splits]  # reads the data set: load(row, root, search)
+    load: partial  # load(row, root, search) reads the data set, a `Splits`
     source: str  # where to download it
     settings: dict = {}  # of a run, where they differ from DEFAULTS in train.py
     lr: dict = {}  # by method, where it differs from LEARNING_RATE in train.py
@@ -69,13 +64,12 @@ def find(name):
     raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
 
 
-def members(names, given=True):
+def members(names):
     """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
-    for name in names if given else ():
-        inside = [*Path(name).glob("train"), *Path(name).glob("*/*.[jJpP]*[gG]")]
-        if inside and name in {**TABLE, **GROUPS}:
+    for name in names:
+        if name in {**TABLE, **GROUPS} and [*Path(name).glob("train"), *Path(name).glob("*/*.*")]:
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
-    return [member for name in names for member in (members(GROUPS[name], False) if name in GROUPS else [name])]
+    return [member for name in names for part in GROUPS.get(name, [name]) for member in GROUPS.get(part, [part])]
 
 
 def load(row, root, search=False):
@@ -110,6 +104,7 @@ def reading(what):
 
 # ---------------------------------------------------------------------- layouts on disk
 
+PARTS = ("train", "val", "test")
 SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by a folder's name
 
 
@@ -125,11 +120,11 @@ def images_below(folder):
     images, left_out = {}, Counter()
     for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
         for path in [Path(place, name) for name in names]:
-            *above, name = path.relative_to(folder).parts
-            if any(re.match(r"[.@]|__MACOSX$", part) for part in (*above, name)):
+            parts = path.relative_to(folder).parts
+            if any(part.startswith((".", "@", "__MACOSX")) for part in parts):
                 left_out["hidden"] += 1
-            elif path.suffix.lower() in IMG_EXTENSIONS:
-                images[path] = above
+            elif path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
+                images[path] = parts[:-1]
             else:
                 left_out[path.suffix or "without extension"] += 1
     return dict(sorted(images.items())), left_out
@@ -139,48 +134,44 @@ def images_below(folder):
 def folder_row(folder):
     """The row of a folder of one's own. Its settings were chosen for few images, on validation data."""
     splits = class_folders(folder)
+    name = "/".join(folder.parts[-2:])  # tells apart two folders of one name
     settings = {"batch_size": min(64, max(4, len(splits.train) // 16)), "epochs": 20, "dropout": 0.0}
     lr = {"sa2vp": 3e-3, "adapter": 3e-3, "vpt": 3e-3}
-    name = "/".join(folder.parts[-2:])  # tells apart two folders of one name
-    return DataSet(name, None, partial(open_all, splits), str(folder), settings, lr, crop=True)
-
-
-def open_all(splits, row, root, search):
-    """The splits, after each image was opened, so that a file that is no image is named before the training."""
-    for image, _ in splits.train + splits.val + splits.test:
-        with opened(image):
-            pass
-    return splits
+    return DataSet(name, None, lambda row, root, search: splits, str(folder), settings, lr, crop=True)
 
 
 def class_folders(folder):
     """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train.
 
-    Without test images a fifth of each class is held out, and without validation images a tenth of the rest.
+    Without test images a fifth of each class is held out, and without validation images a tenth of the rest. DataError
+    names a file that is no image.
     """
     images, left_out = images_below(folder)
     own = any(len(above) > 1 and above[0] in SPLIT_OF for above in images.values())
-    parts = {"train": [], "val": [], "test": []}
+    found = []
     for image, above in images.items():
         split, name, *_ = (*above, "", "") if own else ("train", *above, "")
         if name and split in SPLIT_OF:
-            parts[SPLIT_OF[split]].append((image, name))
+            with opened(image):
+                found.append((image, SPLIT_OF[split], name))
         else:
             left_out["outside the class folders"] += 1
-    classes = sorted({name for _, name in parts["train"]})
-    unknown = {name for _, name in parts["val"] + parts["test"]} - set(classes)
+    classes = sorted({name for _, split, name in found if split == "train"})
+    unknown = sorted({name for *_, name in found} - {*classes})
     if unknown or len(classes) < 2:
         raise DataError(
             f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: it "
             f"has training images of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
         )
-    samples = [[(image, classes.index(name)) for image, name in part] for part in parts.values()]
+    samples = [[(image, classes.index(name)) for image, split, name in found if split == part] for part in PARTS]
     origin = "its own folders" if own else "folders of classes"
     if left_out:
         origin += f" without {', '.join(f'{count} {kind}' for kind, count in left_out.items())}"
     splits = hold_out(hold_out(Splits(*samples, classes, origin), "test", 0.2), "val", 0.1)
-    trained, tested = (Counter(classes[label] for _, label in part) for part in (splits.train, splits.test))
-    notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in classes if trained[name] < 5]
+    trained, _, tested = (Counter(classes[label] for _, label in part) for part in splits[:3])
+    notes = [
+        f"{name} has {trained[name]} training images, which are few: add some" for name in classes if trained[name] < 5
+    ]
     notes += [f"{name} has no test images" for name in classes if not tested[name]]
     if len(splits.val) < 30:
         notes.append(f"{len(splits.val)} validation images tell epochs and settings apart poorly: add some in val/")
@@ -192,31 +183,24 @@ def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
 
     Those hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
-    folder = root / folder
+    folder, places = root / folder, {}
     for name in images:
         fetch(folder / name, row.source, inside=f"**/{name}", **checksum)
+        # By the last two parts, as cars are packed with cars_train/ and cars_test/ once or twice.
+        places |= {path.parts[-2:]: path for path in images_below(folder / name)[0]}
     listed = []
-    for split, md5 in zip(("train", "val", "test"), FGVC_MD5[splits].split()):
+    for split, md5 in zip(PARTS, FGVC_MD5[splits].split()):
         path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{splits}/{split}.json"
-        fetch(path, url, partial(download_url, url, md5=md5))
+        fetch(path, url, partial(datasets.utils.download_url, url, md5=md5))
         with reading(f"the list {path}, which comes from {url}"):
-            pairs = json.loads(path.read_text(encoding="utf-8-sig")).items()
-            listed.append([(Path(path), int(class_id)) for path, class_id in pairs])
-
-    def locate(path):
-        # Flowers and cars are listed with the folder of the images, the others without it. Cars are packed as
-        # cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before; cars_test likewise.
-        parts = path.parts if path.parts[0] in images else (images[0], *path.parts)
-        place = folder.joinpath(*parts)
-        return place if os.path.exists(place) else folder.joinpath(*dict.fromkeys(parts))
-
-    names = {class_id: path.parent.name for part in listed for path, class_id in part}
+            pairs = json.loads(path.read_bytes()).items()
+            listed.append([(places.get(Path(name).parts[-2:], folder / name), int(class_id)) for name, class_id in pairs])
+    names = {class_id: image.parent.name for part in listed for image, class_id in part}
+    if len({*names.values()}) < len(names):  # flowers and cars have no folder for each class
+        names = {class_id: f"class {class_id}" for class_id in names}
     ids = sorted(names)
-    classes = [names[class_id] for class_id in ids]
-    if len(set(classes)) < len(ids):  # flowers and cars have no folder for each class
-        classes = [f"class {class_id}" for class_id in ids]
-    samples = [[(locate(path), ids.index(class_id)) for path, class_id in part] for part in listed]
-    return Splits(*samples, classes, f"{whose} train.json, val.json and test.json")
+    samples = [[(image, ids.index(class_id)) for image, class_id in part] for part in listed]
+    return Splits(*samples, [names[class_id] for class_id in ids], f"{whose} train.json, val.json and test.json")
 
 
 def vtab(row, root, search):
@@ -241,23 +225,18 @@ def vtab(row, root, search):
     return Splits(listed("train800val200"), [], listed("test"), classes, "train800val200")
 
 
-def in_torchvision(kind, on_disk, row, root, search, val=None):
-    """torchvision's data set `kind`, which makes `on_disk` below root; `val` is its validation split, if it has one."""
+def in_torchvision(kind, on_disk, row, root, search, splits=("train", "test"), **options):
+    """torchvision's data set `kind`, which makes `on_disk` below root, has these splits and takes these options."""
     if kind == "SVHN" and not find_spec("scipy"):
         raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy")
-
-    def read(split, root, **options):
-        which = {"train": split == "train"} if "CIFAR" in kind else {"split": split}
-        return getattr(torchvision.datasets, kind)(root, **which, **options)
-
-    splits = ("train", val, "test")
-    fetch(root / on_disk, row.source, lambda part: [read(split, part, download=True) for split in splits if split])
-    loader = {"loader": Path} if kind in ("DTD", "Food101") else {}  # too large to be read as images here
+    read = getattr(datasets, kind)
+    fetch(root / on_disk, row.source, lambda folder: [read(folder, split, download=True) for split in splits])
     with reading(f"{row.name} below {root}, which comes from {row.source}"):
-        parts = [read(split, root, **loader) if split else [] for split in splits]
-        samples = [[(x if loader else np.asarray(x), int(label)) for x, label in part] for part in parts]
+        parts = [read(root, split, **options) for split in splits]
+        samples = [[(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in part] for part in parts]
     classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
-    return hold_out(Splits(*samples, classes, "official split"), "val", 0.2)
+    train, *val, test = samples
+    return hold_out(Splits(train, sum(val, []), test, classes, "official split"), "val", 0.2)
 
 
 def hold_out(splits, part, share):
@@ -267,7 +246,7 @@ def hold_out(splits, part, share):
     labels, rng, held = np.array([label for _, label in splits.train]), np.random.default_rng(0), set()
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
-        held.update(own[: max(1, round(share * len(own))) if len(own) > 1 else 0])
+        held.update(own[: min(max(1, round(share * len(own))), len(own) - 1)])
     kept, out = ([sample for i, sample in enumerate(splits.train) if (i in held) == side] for side in (False, True))
     origin = f"{splits.origin}, {share:.0%} of train kept for {'testing' if part == 'test' else 'validation'}"
     return splits._replace(**{"train": kept, part: out}, origin=origin)
@@ -276,33 +255,31 @@ def hold_out(splits, part, share):
 def fetch(path, source, download=None, inside="*", **checksum):
     """If `path` is missing, downloads into a temporary folder and moves the files into place once complete, it last.
 
-    `download(folder)` does so, by default `unpack` if `source` is an archive. What matches `inside` there is moved.
-    Where another process was faster, its files are used. DataError says where to get `path` and where to put it.
+    `download(folder)` does so, by default `unpack` from the source. What matches `inside` there is moved. Where another
+    process was faster, its files are used. DataError says where to get `path` and where to put it.
     """
     if os.path.exists(path):
         return
-    failure = "has no direct link"
-    if download is None and source.endswith((".tgz", ".tar", ".zip")):
-        download = partial(unpack, source, **checksum)
-    if download:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-                download(folder)
-                for made in sorted(Path(folder).glob(inside), key=lambda made: made.name == path.name):
-                    made.replace(path.parent / made.name)
-            failure = "is not in the archive"
-        except Exception as error:  # the network's, the archive's, the checksum's, the disk's
-            failure = f"cannot be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
+    download, failure = download or partial(unpack, source, **checksum), "is not in the archive"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+            download(folder)
+            for made in sorted(Path(folder).glob(inside), key=lambda made: made.name == path.name):
+                made.replace(path.parent / made.name)
+    except Exception as error:  # the network's, the archive's, the checksum's, the disk's
+        failure = f"cannot be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
     if not os.path.exists(path):
         raise DataError(f"{path} is not there, and {failure}: get it from {source} and put it there")
 
 
 def unpack(source, folder, **checksum):
     """Downloads an archive into a folder and unpacks it there, nothing outside of it; checks its md5 or sha256."""
+    if not source.endswith((".tgz", ".tar", ".zip")):
+        raise DataError("it has no direct link")
     if not hasattr(tarfile, "data_filter"):
         raise DataError("unpacking safely takes Python 3.10.12, 3.11.4, 3.12 or later")
-    download_url(source, folder)
+    datasets.utils.download_url(source, folder)
     archive = Path(folder, Path(source).name)
     for algorithm, digits in checksum.items():
         if hashlib.new(algorithm, np.memmap(archive)).hexdigest() != digits:
@@ -315,23 +292,23 @@ def unpack(source, folder, **checksum):
 COLOURS = {"red": (220, 50, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (230, 200, 50)}
 SHAPES = {"triangle": 3, "square": 4, "disc": 30}  # sides
 KINDS = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
-DIRECTIONS = ("right", "below right", "below", "below left", "left", "above left", "above", "above right")
+DIRECTIONS = ["right", "below right", "below", "below left", "left", "above left", "above", "above right"]
 SIDE = 48  # pixels
 
 
-def draw(rng, *things):
-    """A noisy grey image (48, 48, 3) with things on it: (shape, colour, x, y, radius), in pixels."""
+def draw(rng, things):
+    """A noisy grey image (48, 48, 3) with things on it: (shape, colour, (x, y), radius), in pixels."""
     background = rng.integers(100, 156) + rng.normal(0, 12, (SIDE, SIDE, 3))
     image = Image.fromarray(background.clip(0, 255).astype(np.uint8))
-    for shape, colour, *circle in things:
-        ImageDraw.Draw(image).regular_polygon(circle, SHAPES[shape], fill=COLOURS[colour])
+    for shape, colour, (x, y), radius in things:
+        ImageDraw.Draw(image).regular_polygon((x, y, radius), SHAPES[shape], fill=COLOURS[colour])
     return np.asarray(image)
 
 
 def what_and_which_colour(rng, label):
     """An image of the source task: one thing anywhere; its shape and colour are the class."""
     (colour, shape), radius = KINDS[label].split(), rng.uniform(6, 9)
-    return draw(rng, (shape, colour, *rng.uniform(radius, SIDE - radius, 2), radius))
+    return draw(rng, [(shape, colour, rng.uniform(radius, SIDE - radius, 2), radius)])
 
 
 def where_is_blue(rng, label):
@@ -342,11 +319,10 @@ def where_is_blue(rng, label):
     while True:
         red, blue = rng.uniform(7, SIDE - 7, (2, 2))  # (x, y) each
         dx, dy = blue - red
-        off = (math.degrees(math.atan2(dy, dx)) - 45 * label + 180) % 360 - 180
+        off = math.remainder(math.degrees(math.atan2(dy, dx)) - 45 * label, 360)
         if math.hypot(dx, dy) > 18 and abs(off) < 17.5:
             break
-    shapes, radii = rng.choice([*SHAPES], 2), rng.uniform(5, 8, 2)
-    return draw(rng, (shapes[0], "red", *red, radii[0]), (shapes[1], "blue", *blue, radii[1]))
+    return draw(rng, zip(rng.choice([*SHAPES], 2), ("red", "blue"), (red, blue), rng.uniform(5, 8, 2)))
 
 
 def drawn(draw_one, classes, row, root, search, counts):
@@ -355,7 +331,7 @@ def drawn(draw_one, classes, row, root, search, counts):
     for i, count in enumerate(counts):
         rng, labels = np.random.default_rng(i), [j % len(classes) for j in range(count)]
         splits.append([(draw_one(rng, label), label) for label in labels])
-    return Splits(*splits, list(classes), "drawn by the program")
+    return Splits(*splits, classes, "drawn by the program")
 
 
 # ---------------------------------------------------------------------- from an image to a batch
@@ -399,13 +375,12 @@ def open_picture(image):
             deep = np.asarray(file)
             image = np.where(deep == file.info.get("transparency"), 255, deep // 257)
             image = Image.fromarray(image.astype(np.uint8))
-        elif file.mode.endswith(("A", "a")) or "transparency" in file.info:
+        elif file.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
         image = image.convert("RGB")
         with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
-            exif = Image.Exif()
-            exif[0x0112] = file.getexif()[0x0112] if file.format != "TIFF" else 1  # Pillow turns TIFFs by itself
-            image.info = {"exif": exif.tobytes()}
+            image.info = {}
+            image.getexif()[0x0112] = file.getexif()[0x0112]  # the orientation
             image = ImageOps.exif_transpose(image)
         return image
 
@@ -414,7 +389,7 @@ def find_images(paths):
     """The files among the paths, and for each folder all images below it, by name; DataError for none."""
     found = []
     for path in paths:
-        inside = [path] if os.path.isfile(path) else list(images_below(path)[0])
+        inside = [path] if os.path.isfile(path) else images_below(path)[0]
         if not inside:
             raise DataError(f"there is no image {path}, and none below it")
         found += inside
@@ -453,7 +428,7 @@ class Shuffled(Sampler):
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        return iter(list(zip(rng.permutation(self.count).tolist(), rng.integers(2**63, size=self.count).tolist())))
+        return zip(rng.permutation(self.count).tolist(), rng.integers(2**63, size=self.count).tolist())
 
 
 def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
@@ -497,10 +472,11 @@ SOURCES = {  # name: (classes, loader, where to download it)
     "cars": (196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars",
                           whose="github.com/savadikarc/gift's"),
              "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset"),
-    "cifar10": (10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py"), CIFAR),
-    "cifar100": (100, partial(in_torchvision, "CIFAR100", "cifar-100-python"), CIFAR),
-    "dtd": (47, partial(in_torchvision, "DTD", "dtd", val="val"), "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
-    "food101": (101, partial(in_torchvision, "Food101", "food-101"),
+    "cifar10": (10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py", splits=(True, False)), CIFAR),
+    "cifar100": (100, partial(in_torchvision, "CIFAR100", "cifar-100-python", splits=(True, False)), CIFAR),
+    "dtd": (47, partial(in_torchvision, "DTD", "dtd", splits=PARTS, loader=Path),
+            "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
+    "food101": (101, partial(in_torchvision, "Food101", "food-101", loader=Path),
                 "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
     "gtsrb": (43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
     "svhn": (10, partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
@@ -542,16 +518,12 @@ VTAB = {  # group: rows of name, classes, r, s and, where it differs, the learni
 }
 
 
-def vtab_row(group, name, classes, inner_dim, scale, lr={}):
-    """A row of VTAB-1k."""
-    settings = {"inner_dim": inner_dim, "scale": scale, "batch_size": 64 if group == "vtab/natural" else 40}
-    return DataSet(name, classes, vtab, VTAB_1K, settings, lr, vtab=True)
-
-
 DRAWN = "drawn by the program"
 ROWS = [
     *(DataSet(name, *SOURCES[name], settings, crop=True) for name, settings in FGVC.items()),
-    *(vtab_row(group, *row) for group, rows in VTAB.items() for row in rows),
+    *(DataSet(name, classes, vtab, VTAB_1K, {"inner_dim": r, "scale": s, "batch_size": 64 if group == "vtab/natural" else 40},
+              *lr, vtab=True)
+      for group, rows in VTAB.items() for name, classes, r, s, *lr in rows),
     *(DataSet(f"hta/{name}", *SOURCES[name], {"inner_dim": 64, "scale": 0.1}) for name in SOURCES if name != "cars"),
     DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), DRAWN,
             {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
