@@ -37,7 +37,7 @@ class Splits(NamedTuple):
 
     def describe(self):
         """The sizes, in words."""
-        train, val, test = (len(samples) for samples in self[:3])
+        train, val, test = map(len, self[:3])
         return f"{train} training, {val} validation, {test} test images of {len(self.classes)} classes ({self.origin})"
 
 
@@ -78,7 +78,7 @@ def load(row, root, search=False):
     Raises DataError for data, lists and images that are missing or damaged.
     """
     splits = row.load(row, Path(os.path.expanduser(root)), search)
-    for image, _ in splits.train + splits.val + splits.test:
+    for image, _ in sum(splits[:3], []):
         if isinstance(image, Path) and not os.path.isfile(image):
             raise DataError(f"{row.name} lists the image {image}, which is not there: get it from {row.source}")
     return splits
@@ -87,7 +87,7 @@ def load(row, root, search=False):
 def digest(splits):
     """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
     sha = hashlib.sha256(repr((splits.classes, *map(len, splits[:3]))).encode())
-    for image, label in splits.train + splits.val + splits.test:
+    for image, label in sum(splits[:3], []):
         known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
         sha.update(f"{label} {known}".encode())
     return sha.hexdigest()
@@ -109,9 +109,9 @@ SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val",
 
 
 def images_below(folder):
-    """{image below the folder: names of the folders above it}, and a Counter of the files left out.
+    """{image: names of the folders above it, from `folder` down}, and a Counter of the files left out, by extension.
 
-    Those are counted by extension, or as hidden: what editors, network drives and macOS leave behind.
+    What editors, network drives and macOS leave behind is counted as hidden.
     """
 
     def stop(error):
@@ -119,12 +119,12 @@ def images_below(folder):
 
     images, left_out = {}, Counter()
     for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
+        above = Path(place).relative_to(folder).parts
         for path in [Path(place, name) for name in names]:
-            parts = path.relative_to(folder).parts
-            if any(part.startswith((".", "@", "__MACOSX")) for part in parts):
+            if any(part.startswith((".", "@", "__MACOSX")) for part in (*above, path.name)):
                 left_out["hidden"] += 1
             elif path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
-                images[path] = parts[:-1]
+                images[path] = above
             else:
                 left_out[path.suffix or "without extension"] += 1
     return dict(sorted(images.items())), left_out
@@ -169,9 +169,8 @@ def class_folders(folder):
         origin += f" without {', '.join(f'{count} {kind}' for kind, count in left_out.items())}"
     splits = hold_out(hold_out(Splits(*samples, classes, origin), "test", 0.2), "val", 0.1)
     trained, _, tested = (Counter(classes[label] for _, label in part) for part in splits[:3])
-    notes = [
-        f"{name} has {trained[name]} training images, which are few: add some" for name in classes if trained[name] < 5
-    ]
+    few = [name for name in classes if trained[name] < 5]
+    notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in few]
     notes += [f"{name} has no test images" for name in classes if not tested[name]]
     if len(splits.val) < 30:
         notes.append(f"{len(splits.val)} validation images tell epochs and settings apart poorly: add some in val/")
@@ -194,12 +193,15 @@ def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
         fetch(path, url, partial(datasets.utils.download_url, url, md5=md5))
         with reading(f"the list {path}, which comes from {url}"):
             pairs = json.loads(path.read_bytes()).items()
-            listed.append([(places.get(Path(name).parts[-2:], folder / name), int(class_id)) for name, class_id in pairs])
+            listed.append([(Path(image), int(class_id)) for image, class_id in pairs])
     names = {class_id: image.parent.name for part in listed for image, class_id in part}
     if len({*names.values()}) < len(names):  # flowers and cars have no folder for each class
         names = {class_id: f"class {class_id}" for class_id in names}
     ids = sorted(names)
-    samples = [[(image, ids.index(class_id)) for image, class_id in part] for part in listed]
+    samples = [
+        [(places.get(image.parts[-2:], folder / image), ids.index(class_id)) for image, class_id in part]
+        for part in listed
+    ]
     return Splits(*samples, [names[class_id] for class_id in ids], f"{whose} train.json, val.json and test.json")
 
 
@@ -211,7 +213,7 @@ def vtab(row, root, search):
     def listed(name):
         path, samples = folder / f"{name}.txt", []
         with reading(f"{path}, which comes from {row.source}"):
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text("utf-8-sig").splitlines()
         for number, line in enumerate(lines, 1):
             if line.strip():
                 with reading(f"line {number} of {path}, {line!r}, as a path and a label below {row.classes}"):
@@ -255,7 +257,7 @@ def hold_out(splits, part, share):
 def fetch(path, source, download=None, inside="*", **checksum):
     """If `path` is missing, downloads into a temporary folder and moves the files into place once complete, it last.
 
-    `download(folder)` does so, by default `unpack` from the source. What matches `inside` there is moved. Where another
+    `download(folder)` does so, by default `unpack` of `source`. What matches `inside` there is moved. Where another
     process was faster, its files are used. DataError says where to get `path` and where to put it.
     """
     if os.path.exists(path):
@@ -300,8 +302,8 @@ def draw(rng, things):
     """A noisy grey image (48, 48, 3) with things on it: (shape, colour, (x, y), radius), in pixels."""
     background = rng.integers(100, 156) + rng.normal(0, 12, (SIDE, SIDE, 3))
     image = Image.fromarray(background.clip(0, 255).astype(np.uint8))
-    for shape, colour, (x, y), radius in things:
-        ImageDraw.Draw(image).regular_polygon((x, y, radius), SHAPES[shape], fill=COLOURS[colour])
+    for shape, colour, centre, radius in things:
+        ImageDraw.Draw(image).regular_polygon((*centre, radius), SHAPES[shape], fill=COLOURS[colour])
     return np.asarray(image)
 
 
@@ -439,7 +441,9 @@ def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
     """
     training, workers = shuffle_seed is not None, workers if samples else 0
     if training and len(samples) < batch_size:
-        raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: use a smaller --batch-size")
+        raise DataError(
+            f"{len(samples)} training images are fewer than one batch of {batch_size}: use a smaller --batch-size"
+        )
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
     return DataLoader(
         Images(samples, transform(**input, training=training)), batch_size, sampler=sampler, drop_last=training,
@@ -481,11 +485,11 @@ SOURCES = {  # name: (classes, loader, where to download it)
     "gtsrb": (43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
     "svhn": (10, partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
 }  # fmt: skip
-FGVC = {  # name: settings
-    "cub": {"inner_dim": 16, "scale": 0.1},
-    "nabirds": {"inner_dim": 32, "scale": 0.1},
-    "flowers": {"inner_dim": 8, "scale": 0.1},
-    "dogs": {"inner_dim": 32, "scale": 0.1},
+FGVC = {  # name: settings, where they differ from r = 16 and s = 0.1
+    "cub": {},
+    "nabirds": {"inner_dim": 32},
+    "flowers": {"inner_dim": 8},
+    "dogs": {"inner_dim": 32},
     "cars": {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)},
 }
 GENTLE = {"sa2vp": 5e-4}
@@ -516,15 +520,13 @@ VTAB = {  # group: rows of name, classes, r, s and, where it differs, the learni
         ("vtab/smallnorb_ele", 9, 32, 0.5),
     ],
 }
-
-
 DRAWN = "drawn by the program"
 ROWS = [
     *(DataSet(name, *SOURCES[name], settings, crop=True) for name, settings in FGVC.items()),
-    *(DataSet(name, classes, vtab, VTAB_1K, {"inner_dim": r, "scale": s, "batch_size": 64 if group == "vtab/natural" else 40},
-              *lr, vtab=True)
+    *(DataSet(name, classes, vtab, VTAB_1K,
+              {"inner_dim": r, "scale": s, "batch_size": 64 if group == "vtab/natural" else 40}, *lr, vtab=True)
       for group, rows in VTAB.items() for name, classes, r, s, *lr in rows),
-    *(DataSet(f"hta/{name}", *SOURCES[name], {"inner_dim": 64, "scale": 0.1}) for name in SOURCES if name != "cars"),
+    *(DataSet(f"hta/{name}", *source, {"inner_dim": 64}) for name, source in SOURCES.items() if name != "cars"),
     DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), DRAWN,
             {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
              "image_size": SIDE},
