@@ -1251,7 +1251,7 @@ def test_a_wrong_sha256_is_refused_and_so_is_unpacking_with_an_old_python(server
         patch.delattr(tarfile, "data_filter")
         fetch()
     fetch(sha256=hashlib.sha256((server.folder / "birds.zip").read_bytes()).hexdigest())
-    assert os.listdir(tmp_path / "root") == ["images"] and "sha256" in data.DOGS[0].keywords
+    assert os.listdir(tmp_path / "root") == ["images"] and "sha256" in data.TABLE["dogs"].load.keywords
 
 
 @pytest.mark.parametrize("fails", [True, False])
