@@ -267,8 +267,8 @@ def resume(out, meta, model, optimizer, scaler):
 
 def refuse_other_settings(out, then, now):
     """InputError if the run in `out` has other settings, as it can where its name shows only a part of a path."""
-    for name, value in json.loads(json.dumps(now)).items():  # result.json has lists for tuples
-        if json.loads(json.dumps(then.get(name))) != value:
+    for name, value in now.items():
+        if json.dumps(then.get(name)) != json.dumps(value):  # result.json has lists for tuples
             raise vit.InputError(f"{out} holds a run with {name} {then.get(name)}, not {value}: give another --out")
 
 
@@ -290,9 +290,6 @@ ABLATIONS = {  # what each variant changes of the full method
 SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
 PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
 PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
-
-# What a user can mend. Anything else keeps its traceback.
-USER_ERRORS = (vit.InputError, data.DataError, torch.OutOfMemoryError)
 
 
 def train(given, ablate, out, machine):
@@ -377,12 +374,8 @@ def run(settings, out, machine, test=True):
                 fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
                 print()
             result = fit(settings, folder, machine, test)
-    except USER_ERRORS as error:
-        print(f"train.py: {folder} could not run: {sentence(error)}", file=sys.stderr)
-        return {"exit_code": 2}
-    except Exception:
-        traceback.print_exc()
-        return {"exit_code": 1}
+    except Exception as error:
+        return {"exit_code": report(error, f"{folder} could not run: ")}
     print(f"test {percent(result['accuracy'], result['prompt_accuracy'])}, validation "
           f"{percent(result['val_accuracy'])} in epoch {result['best_epoch']}, "
           f"trained for {result['seconds']:.0f} s")  # fmt: skip
@@ -565,14 +558,18 @@ def percent(base, prompt=None):
     return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
 
 
-def sentence(error):
-    """What a user error says, on one line. One from a DataLoader's worker carries a traceback: its last line counts."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory does not suffice: use a smaller --batch-size"
+def report(error, what=""):
+    """Prints an error. Returns the exit code: 2 for what a user can mend, one sentence; 1 for a bug, its traceback."""
     message = str(error)
-    if message.startswith("Caught "):
+    if isinstance(error, torch.OutOfMemoryError):
+        message = "the GPU's memory does not suffice: use a smaller --batch-size"
+    elif not isinstance(error, (vit.InputError, data.DataError)):
+        traceback.print_exception(error)
+        return 1
+    elif message.startswith("Caught "):  # in a DataLoader's worker: a traceback, whose last line says it
         message = message.splitlines()[-1].partition(": ")[2]
-    return " ".join(message.split())
+    print(f"train.py: {what}{' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 # ---------------------------------------------------------------------- the command line
@@ -719,9 +716,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         code = 130
         print("interrupted: a run resumes after its last completed epoch if the command is given again", file=sys.stderr)
-    except USER_ERRORS as error:
-        code = 2
-        print(f"train.py: {sentence(error)}", file=sys.stderr)
+    except Exception as error:
+        code = report(error)
     if code:
         sys.exit(code)
 
