@@ -1071,13 +1071,13 @@ def test_a_run_of_other_settings_images_classes_or_backbone_is_refused_with_a_se
     other = json.loads(found)
     other["settings"]["fusion_layers"] = None
     write(out, {"result.json": other})
-    assert "holds a run with fusion_layers None, not []" in refusal(capsys, command(*flags))
+    assert "is of a run with fusion_layers None, not ()" in refusal(capsys, command(*flags))
     for damaged in ("{", "[]", "{}"):
         write(out, {"result.json": damaged})
-        assert "result.json is damaged: delete it" in refusal(capsys, command(*flags))
+        assert "result.json is damaged or of another version: delete it" in refusal(capsys, command(*flags))
     (out / "result.json").unlink()
     torch.save(last | {"settings": last["settings"] | {"fusion_layers": None}}, out / "last.pt")
-    assert "holds a run with fusion_layers None, not []" in refusal(capsys, command(*flags))
+    assert "is of a run with fusion_layers None, not ()" in refusal(capsys, command(*flags))
     torch.save(last | {"fingerprint": "another"}, out / "last.pt")
     assert "begun with another backbone" in refusal(capsys, command(*flags))
     torch.save(last, out / "last.pt")

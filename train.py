@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -107,7 +107,7 @@ def fit(settings, out, machine, test=True):
     # The test images are read only here, once, with the kept epoch.
     kept = sa2vp.read_checkpoint(out / "best.pt")
     sa2vp.load_trained(model, kept["trained"])
-    accuracy, prompt_accuracy = evaluate(model, loader(splits.test), machine) if test else (None, None)
+    accuracy, prompt_accuracy = evaluate(model, loader(splits.test if test else []), machine)
     best = kept["history"][-1]
     result = dict(accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"],
                   best_epoch=best["epoch"], trainable=sa2vp.count_trained(model),
@@ -250,10 +250,9 @@ def prepare(settings, machine):
 
 def resume(out, meta, model, optimizer, scaler):
     """Loads the last completed epoch, if there is one. Returns the history, a dict for each completed epoch."""
-    if not (out / "last.pt").exists():
+    state = read_run(out / "last.pt", meta["settings"])
+    if not state:
         return []
-    state = sa2vp.read_checkpoint(out / "last.pt")
-    refuse_other_settings(out, state["settings"], meta["settings"])
     for name, what in (("fingerprint", "another backbone"), ("digest", "other images or classes")):
         if state[name] != meta[name]:
             raise vit.InputError(f"{out} was begun with {what}: delete it to train anew, or give another --out")
@@ -265,11 +264,22 @@ def resume(out, meta, model, optimizer, scaler):
     return state["history"]
 
 
-def refuse_other_settings(out, then, now):
-    """InputError if the run in `out` has other settings, as it can where its name shows only a part of a path."""
-    for name, value in now.items():
-        if json.dumps(then.get(name)) != json.dumps(value):  # result.json has lists for tuples
-            raise vit.InputError(f"{out} holds a run with {name} {then.get(name)}, not {value}: give another --out")
+def read_run(path, settings):
+    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or of other settings.
+
+    A folder may hold other settings if DEFAULTS changed, or a path that its name shows only a part of.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else sa2vp.read_checkpoint(path)
+        then = content["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise vit.InputError(f"{path} is damaged or of another version: delete it to run again") from None
+    for name, value in settings.items():
+        if json.dumps(then.get(name)) != json.dumps(value):  # JSON has lists for tuples
+            raise vit.InputError(f"{path} is of a run with {name} {then.get(name)}, not {value}: give another --out")
+    return content
 
 
 # ---------------------------------------------------------------------- several runs
@@ -286,6 +296,8 @@ ABLATIONS = {  # what each variant changes of the full method
     "half-size-map": {"prompt_grid": "half"},
 }
 
+REPEATED = ("data", "method", "seed")  # several values of these are several runs; of any other setting, a search
+
 # The backbone of the generated images: small, pre-trained here to tell the shape and colour of a thing.
 SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
 PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
@@ -301,42 +313,45 @@ def train(given, ablate, out, machine):
     """
     if (out / "last.pt").exists():
         raise vit.InputError(f"{out} is the folder of one run: --out is the folder that holds those of all runs")
-    given = {name: [DEFAULTS[name]] for name in ("data", "method", "seed")} | given
-    varied = [name for name in given if len(given[name]) > 1 and name not in ("data", "method", "seed")]
+    given = {name: [DEFAULTS[name]] for name in REPEATED} | given
+    varied = [name for name in given if len(given[name]) > 1 and name not in REPEATED]
     combinations = list_combinations(given, ablate)
     total = sum(len(given["seed"]) + (len(choices) if len(choices) > 1 else 0) for choices in combinations.values())
     kind = "variant" if ablate else "method"
-    rows, scores, results = [], {}, []
+    rows, scores, codes = [], {}, []
 
     def start(settings, test=True):
         if total > 1:
-            print(f"\nrun {len(results) + 1} of {total}")
-        results.append(run(settings, out, machine, test))
-        return results[-1]
+            print(f"\nrun {len(codes) + 1} of {total}")
+        result, code = run(settings, out, machine, test)
+        codes.append(code)
+        return result
 
     for (name, variant), choices in combinations.items():
         best, searched, tested = choices[0], [], []
         if len(choices) > 1:
             # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000.
-            searched = [start(settings | {"search": data.find(name).vtab}, test=False) for settings in choices]
-            best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
-            at_the_end = best["lr"] == given.get("lr", [None])[-1]
+            vtab = data.find(name).vtab
+            searched = [start(settings | {"search": vtab}, test=False) for settings in choices]
+            accuracies = [result.get("val_accuracy", -1) for result in searched]
+            best = choices[accuracies.index(max(accuracies))]
+            at_the_end = "lr" in varied and best["lr"] == given["lr"][-1]
             print("\nchosen:", ", ".join(f"{setting} {text(best[setting])}" for setting in varied if setting in best),
                   "(the last rate tried: try beyond it)" if at_the_end else "")  # fmt: skip
-        if not searched or any("val_accuracy" in result for result in searched):
+        if not searched or any(searched):
             tested = [start(best | {"seed": seed}) for seed in given["seed"]]
         scores[name, variant] = [result.get("accuracy") for result in tested]
-        for settings, found in zip(choices, [[result] for result in searched] or [tested]):
+        for settings, results in zip(choices, [[result] for result in searched] or [tested]):
             row = {setting: text(value) for setting, value in settings.items()}
-            row |= {"data": data.find(name).name, kind: variant, "trainable": found[0].get("trainable"),
-                    "val_accuracy": mean(result.get("val_accuracy") for result in found)}  # fmt: skip
+            row |= {kind: variant, "trainable": results[0].get("trainable"),
+                    "val_accuracy": mean([result.get("val_accuracy") for result in results])}  # fmt: skip
             rows.append(row | (mean_and_std(scores[name, variant]) if settings is best else {}))
     if total > 1:
         columns = ["data", kind, *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores, kind)]
         save(out / f"{file_name(given | ({'method': ['ablation']} if ablate else {}))}.csv", rows)
         print_table(rows)
-    return min((result["exit_code"] for result in results if "exit_code" in result), default=0)
+    return min(filter(None, codes), default=0)
 
 
 def list_combinations(given, ablate=False):
@@ -345,26 +360,26 @@ def list_combinations(given, ablate=False):
     A setting is only for the methods that have it. InputError if none of them does.
     """
     variants = ABLATIONS if ablate else {method: {"method": method} for method in given["method"]}
-    combinations, unused = {}, set(given) - {"data", "method", "seed"}
+    combinations, unused = {}, set(given) - set(REPEATED)
     for name, (variant, change) in itertools.product(data.members(given["data"]), variants.items()):
         fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
         own = [setting for setting in given if setting in complete_settings(fixed) and setting not in fixed]
         unused -= set(own)
-        values = itertools.product(*(given[setting] for setting in own))
-        combinations[name, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in values]
+        combinations[name, variant] = [complete_settings(fixed | dict(zip(own, values)))
+                                       for values in itertools.product(*map(given.get, own))]  # fmt: skip
     if unused:
         raise vit.InputError(f"{', '.join(unused)} is not a setting of {' or '.join(variants)}")
     return combinations
 
 
 def run(settings, out, machine, test=True):
-    """The result of one run, in its own folder below `out`. A finished run is kept, an interrupted one is resumed.
+    """One run, in its own folder below `out`: (result, exit code). It is kept if finished, resumed if interrupted.
 
-    A run that fails is reported and does not end the others: {"exit_code": 2} for what a user can mend, 1 for a bug.
+    A run that fails is reported and does not end the others: ({}, 2) for what a user can mend, ({}, 1) for a bug.
     """
     folder = out / run_name(settings)
     try:
-        result = read_result(folder / "result.json", settings)
+        result = read_run(folder / "result.json", settings)
         if result and (result["accuracy"] is not None or not test):
             print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
         else:
@@ -375,24 +390,11 @@ def run(settings, out, machine, test=True):
                 print()
             result = fit(settings, folder, machine, test)
     except Exception as error:
-        return {"exit_code": report(error, f"{folder} could not run: ")}
+        return {}, report(error, f"{folder} could not run: ")
     print(f"test {percent(result['accuracy'], result['prompt_accuracy'])}, validation "
           f"{percent(result['val_accuracy'])} in epoch {result['best_epoch']}, "
           f"trained for {result['seconds']:.0f} s")  # fmt: skip
-    return result
-
-
-def read_result(path, settings):
-    """The content of a run's result.json, a dict; empty if there is no such file. InputError if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        then = result["settings"]
-    except (ValueError, KeyError, TypeError):
-        raise vit.InputError(f"{path} is damaged: delete it, and the run is tested again") from None
-    refuse_other_settings(path.parent, then, settings)
-    return result
+    return result, 0
 
 
 def group_rows(scores, kind):
@@ -402,14 +404,13 @@ def group_rows(scores, kind):
     for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
         members = [scores[part, variant] for part in parts if (part, variant) in scores]
         if len(members) == len(parts):
-            scores[group, variant] = [mean(accuracies) for accuracies in zip(*members)]
+            scores[group, variant] = list(map(mean, zip(*members)))
             rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
     return rows
 
 
 def mean(values):
     """Their mean; None if there are none, or one is None."""
-    values = list(values)
     return statistics.mean(values) if values and None not in values else None
 
 
@@ -433,29 +434,16 @@ def run_name(settings):
 def file_name(values):
     """A file's name from {setting: values}, such as cub-sa2vp-lr0.005 or cub+dogs-vpt-seed0+1.
 
-    A path stands by its last two parts. A name of more than 100 characters is cut, and ends in a hash of all of it.
+    A name of more than 100 characters is cut, and ends in a hash of all of it.
     """
     parts = []
     for name, several in values.items():
-        words = [str(Path(*Path(value).parts[-2:])) if isinstance(value, str) else text(value) for value in several]
-        parts.append(("" if name in ("data", "method") else name) + "+".join(words))
+        parts.append(("" if name in ("data", "method") else name) + "+".join(map(text, several)))
     name = re.sub(r"[/\\:]+", "-", "-".join(parts)).strip("-")
     return name if len(name) <= 100 else f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 # ---------------------------------------------------------------------- with a tuned model
-
-
-def predict(samples, model, meta, machine):
-    """--predict: prints the five most likely classes of each image."""
-    transform = data.transform(**meta["input"])
-    for image, _ in samples:
-        pixels = transform(data.open_picture(image)).to(machine.device)
-        with torch.inference_mode(), autocast(machine):
-            probabilities = model(pixels[None])[0][0].softmax(dim=0)
-        print(image)
-        for label in probabilities.argsort(descending=True)[:5].tolist():
-            print(f"  {probabilities[label]:7.2%}  {meta['classes'][label]}")
 
 
 TILE, TITLE = 200, 24  # pixels
@@ -483,8 +471,7 @@ def show(path, samples, model, meta, machine):
     tiles = F.interpolate(torch.stack(tiles, dim=1).flatten(0, 1), (TILE, TILE))
 
     grid = to_pil_image(make_grid(tiles, 1 + len(columns), pad_value=1))
-    page = Image.new("RGB", (grid.width, TITLE + grid.height), "white")
-    page.paste(grid, (0, TITLE))
+    page = ImageOps.expand(grid, (0, TITLE, 0, 0), "white")
     for i, title in enumerate(["image", *columns]):
         ImageDraw.Draw(page).text((4 + i * (TILE + 2), 4), title, "black", ImageFont.load_default(15))
     save(path, page)
@@ -530,7 +517,7 @@ def print_table(rows):
     """Prints rows (dicts of the same keys) in columns; "-" where there is nothing."""
     lines = [list(rows[0])]
     for row in rows:
-        lines.append(["-" if value is None else f"{value:.2f}" if isinstance(value, float) else text(value)
+        lines.append([f"{value:.2f}" if isinstance(value, float) else str("-" if value is None else value)
                       for value in row.values()])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]
     print()
@@ -538,17 +525,11 @@ def print_table(rows):
         print("  ".join(map(str.ljust, line, widths)))
 
 
-def print_known():
-    """--list: the data sets and the backbones that are known by name."""
-    for row in data.ROWS:
-        print(f"{row.name:26}{row.classes:4} classes  {row.source}")
-    for name, (url, *_) in vit.BACKBONES.items():
-        print(f"{name:26}backbone  {url}")
-
-
 def text(value):
-    """A value as tables, messages and names of files show it."""
-    if isinstance(value, (tuple, list)):
+    """A value as tables, messages and names of files show it; a path by its last two parts."""
+    if isinstance(value, str):
+        return "/".join(Path(value).parts[-2:])
+    if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -638,19 +619,19 @@ def make_parser():
     add("--seed", type=number(int, 0, 2**32), help="default 42")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--gpu", type=natural, metavar="X", help="this GPU; default the first, else the CPU")
+    add("--gpu", type=natural, help="this GPU; default the first, else the CPU")
     add("--cpu", action="store_true", help="no GPU")
-    add("--workers", type=natural, metavar="X", help="processes that load images; default one per CPU, at most 16")
+    add("--workers", type=natural, help="processes that load images; default one per CPU, at most 16")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--root", type=user_path, metavar="X", help="the folder of the data sets; default data")
-    add("--out", type=user_path, default="runs", metavar="X", help="the folder of all runs; default runs")
+    add("--root", type=user_path, help="the folder of the data sets; default data")
+    add("--out", type=user_path, default="runs", help="the folder of all runs; default runs")
 
     add = parser.add_argument_group("instead of training a method").add_mutually_exclusive_group().add_argument
     add("--ablate", action="store_true", help="train SA2VP and its ablations")
     add("--list", action="store_true", help="print the data sets and backbones that are known by name")
-    add("--eval", type=user_path, metavar="RUN", help="print the test accuracy of a run, given by its folder or best.pt")
-    add("--predict", type=user_path, nargs="+", metavar="X", help="a run, then images or folders: print their classes")
-    parser.add_argument("--show", type=count, metavar="X",
+    add("--eval", type=user_path, help="print the test accuracy of a run, given by its folder or best.pt")
+    add("--predict", type=user_path, nargs="+", help="a run, then images or folders: print their classes")
+    parser.add_argument("--show", type=count,
                         help="with --eval or --predict: draw what the model looks at in so many images")  # fmt: skip
     return parser
 
@@ -675,13 +656,20 @@ def choose_machine(args):
 
 
 def use_tuned(args, given, machine):
-    """--eval and --predict, and --show with them."""
+    """--eval: prints the test accuracy. --predict: prints the five most likely classes of each image. And --show."""
     path, *images = args.predict or [args.eval]
     model, meta = sa2vp.load(path, *given.get("weights", []))
     model.to(machine.device)
     if args.predict:
         samples = [(image, None) for image in data.find_images(images)]
-        predict(samples, model, meta, machine)
+        transform = data.transform(**meta["input"])
+        for image, _ in samples:
+            pixels = transform(data.open_picture(image)).to(machine.device)
+            with torch.inference_mode(), autocast(machine):
+                probabilities = model(pixels[None])[0][0].softmax(dim=0)
+            print(image)
+            for label in probabilities.argsort(descending=True)[:5].tolist():
+                print(f"  {probabilities[label]:7.2%}  {meta['classes'][label]}")
     else:
         splits = data.load(data.find(*given.get("data", [meta["settings"]["data"]])), args.root or meta["root"])
         if list(splits.classes) != meta["classes"]:
@@ -706,11 +694,15 @@ def main(argv=None):
         parser.error("--show draws with --eval or --predict")
     if args.ablate and given.keys() & set().union(*ABLATIONS.values()):
         parser.error("--ablate itself varies method, window, prompt-grid, distill-layers and fusion-layers")
+    code = 0
     try:
         if args.list:
-            code = print_known()
+            for row in data.ROWS:
+                print(f"{row.name:26}{row.classes:4} classes  {row.source}")
+            for name, (url, *_) in vit.BACKBONES.items():
+                print(f"{name:26}backbone  {url}")
         elif tuned:
-            code = use_tuned(args, given, choose_machine(args))
+            use_tuned(args, given, choose_machine(args))
         else:
             code = train(given, args.ablate, args.out, choose_machine(args))
     except KeyboardInterrupt:
