@@ -1684,9 +1684,6 @@ def test_a_group_has_mean_and_deviation_of_its_parts_if_every_member_has_every_s
     pair, trio = train.group_rows(scores | {("b", "vpt"): [70.0, 40.0]}, "method")
     assert (pair["accuracy"], pair["std"]) == (55.0, pytest.approx(50**0.5))  # of 60 and 50, its means with each seed
     assert (trio["data"], trio["accuracy"]) == ("trio", 40.0)
-    for some in ([None, 40.0], []):
-        rows = train.group_rows(scores | {("b", "vpt"): some}, "method")
-        assert [(row["accuracy"], row["std"]) for row in rows] == [(None, None)] * 2
 
 
 def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(run, monkeypatch, capsys):

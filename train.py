@@ -211,12 +211,12 @@ def prepare(settings, machine):
     """The data, the method on its backbone, and `meta`, stored in the run's checkpoints besides the weights."""
     if settings["epochs"] <= settings["warmup_epochs"]:
         raise vit.InputError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
-    row, size, weights = data.find(settings["data"]), settings["image_size"], settings["weights"]
+    row, weights = data.find(settings["data"]), settings["weights"]
     torch.manual_seed(settings["seed"])  # the small ViT is initialised at random
     if weights:
-        backbone = vit.load_vit(weights, size, settings["heads"], settings["normalize"])
+        backbone = vit.load_vit(weights, settings["image_size"], settings["heads"], settings["normalize"])
     else:
-        backbone = vit.VisionTransformer(size, **SMALL_VIT)
+        backbone = vit.VisionTransformer(settings["image_size"], **SMALL_VIT)
     splits = data.load(row, machine.root, settings["search"])
     print(f"{row.name}: {splits.describe()}", *splits.notes, sep="\n")
     print(f"{weights or 'from scratch'}: {backbone.describe()}", *backbone.notes, sep="\n")
@@ -340,12 +340,15 @@ def train(given, ablate, out, machine):
                   "(the last rate tried: try beyond it)" if at_the_end else "")  # fmt: skip
         if not searched or any(searched):
             tested = [start(best | {"seed": seed}) for seed in given["seed"]]
-        scores[name, variant] = [result.get("accuracy") for result in tested]
         for settings, results in zip(choices, [[result] for result in searched] or [tested]):
+            val_accuracies = [result.get("val_accuracy") for result in results]
+            val_accuracy = None if None in val_accuracies else statistics.mean(val_accuracies)
             row = {setting: text(value) for setting, value in settings.items()}
-            row |= {kind: variant, "trainable": results[0].get("trainable"),
-                    "val_accuracy": mean([result.get("val_accuracy") for result in results])}  # fmt: skip
-            rows.append(row | (mean_and_std(scores[name, variant]) if settings is best else {}))
+            row |= {kind: variant, "val_accuracy": val_accuracy, "trainable": results[0].get("trainable")}
+            if settings is best and tested and all(tested):
+                scores[name, variant] = [result["accuracy"] for result in tested]
+                row |= mean_and_std(scores[name, variant])
+            rows.append(row)
     if total > 1:
         columns = ["data", kind, *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores, kind)]
@@ -383,8 +386,7 @@ def run(settings, out, machine, test=True):
         if result and (result["accuracy"] is not None or not test):
             print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
         else:
-            pretrained = PRETRAINED.with_name("result.json").exists()
-            if settings["weights"] == os.path.abspath(PRETRAINED) and not pretrained:
+            if settings["weights"] == os.path.abspath(PRETRAINED) and not PRETRAINED.with_name("result.json").exists():
                 print(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
                 fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
                 print()
@@ -398,27 +400,21 @@ def run(settings, out, machine, test=True):
 
 
 def group_rows(scores, kind):
-    """Rows for the means of whole groups; `scores` is {(data set, variant): accuracies, one for each seed}."""
+    """Rows for the means of the groups that are complete; `scores` is {(data set, variant): accuracies by seed}."""
     rows, scores = [], dict(scores)
     variants = dict.fromkeys(variant for _, variant in scores)
     for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
         members = [scores[part, variant] for part in parts if (part, variant) in scores]
         if len(members) == len(parts):
-            scores[group, variant] = list(map(mean, zip(*members)))
+            scores[group, variant] = list(map(statistics.mean, zip(*members)))
             rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
     return rows
 
 
-def mean(values):
-    """Their mean; None if there are none, or one is None."""
-    return statistics.mean(values) if values and None not in values else None
-
-
 def mean_and_std(accuracies):
-    """Mean and standard deviation over the seeds, for a row of a table; None where a run is missing."""
-    accuracy, count = mean(accuracies), len(accuracies)
-    std = None if accuracy is None or count == 1 else statistics.stdev(accuracies)
-    return {"accuracy": accuracy, "std": std, "seeds": count}
+    """Mean and standard deviation over the seeds, for a row of a table."""
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    return {"accuracy": statistics.mean(accuracies), "std": std, "seeds": len(accuracies)}
 
 
 def run_name(settings):
@@ -444,7 +440,6 @@ def file_name(values):
 
 
 # ---------------------------------------------------------------------- with a tuned model
-
 
 TILE, TITLE = 200, 24  # pixels
 
