@@ -272,7 +272,7 @@ def read_run(path, settings):
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else sa2vp.read_checkpoint(path)
+        content = sa2vp.read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_bytes())
         then = content["settings"]
     except (ValueError, KeyError, TypeError):
         raise vit.InputError(f"{path} is damaged or of another version: delete it to run again") from None
@@ -295,7 +295,6 @@ ABLATIONS = {  # what each variant changes of the full method
     "no-fusion": {"fusion_layers": ()},
     "half-size-map": {"prompt_grid": "half"},
 }
-
 REPEATED = ("data", "method", "seed")  # several values of these are several runs; of any other setting, a search
 
 # The backbone of the generated images: small, pre-trained here to tell the shape and colour of a thing.
@@ -320,35 +319,40 @@ def train(given, ablate, out, machine):
     kind = "variant" if ablate else "method"
     rows, scores, codes = [], {}, []
 
-    def start(settings, test=True):
-        if total > 1:
-            print(f"\nrun {len(codes) + 1} of {total}")
-        result, code = run(settings, out, machine, test)
-        codes.append(code)
-        return result
+    def trial(settings, seeds, test=True):
+        """Runs these settings with each seed. Returns their row of the table."""
+        row, results = {setting: text(value) for setting, value in settings.items()}, []
+        for seed in seeds:
+            if total > 1:
+                print(f"\nrun {len(codes) + 1} of {total}")
+            result, code = run(settings | {"seed": seed}, out, machine, test)
+            results.append(result)
+            codes.append(code)
+        if all(results):
+            validated = [result["val_accuracy"] for result in results]
+            row["val_accuracy"] = None if None in validated else statistics.mean(validated)
+            row["trainable"] = results[0]["trainable"]
+            row["accuracies"] = [result["accuracy"] for result in results]
+        return row
 
     for (name, variant), choices in combinations.items():
-        best, searched, tested = choices[0], [], []
-        if len(choices) > 1:
+        if len(choices) == 1:
+            best = tested = trial(choices[0], given["seed"])
+            found = [best]
+        else:
             # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000.
-            vtab = data.find(name).vtab
-            searched = [start(settings | {"search": vtab}, test=False) for settings in choices]
-            accuracies = [result.get("val_accuracy", -1) for result in searched]
-            best = choices[accuracies.index(max(accuracies))]
-            at_the_end = "lr" in varied and best["lr"] == given["lr"][-1]
-            print("\nchosen:", ", ".join(f"{setting} {text(best[setting])}" for setting in varied if setting in best),
-                  "(the last rate tried: try beyond it)" if at_the_end else "")  # fmt: skip
-        if not searched or any(searched):
-            tested = [start(best | {"seed": seed}) for seed in given["seed"]]
-        for settings, results in zip(choices, [[result] for result in searched] or [tested]):
-            val_accuracies = [result.get("val_accuracy") for result in results]
-            val_accuracy = None if None in val_accuracies else statistics.mean(val_accuracies)
-            row = {setting: text(value) for setting, value in settings.items()}
-            row |= {kind: variant, "val_accuracy": val_accuracy, "trainable": results[0].get("trainable")}
-            if settings is best and tested and all(tested):
-                scores[name, variant] = [result["accuracy"] for result in tested]
-                row |= mean_and_std(scores[name, variant])
-            rows.append(row)
+            search = {"search": data.find(name).vtab}
+            found = [trial(settings | search, given["seed"][:1], test=False) for settings in choices]
+            best, tested = max(found, key=lambda row: row.get("val_accuracy", -1)), {}
+            if "val_accuracy" in best:
+                chosen = [f"{setting} {best[setting]}" for setting in varied if setting in best]
+                at_the_end = "lr" in varied and best["lr"] == text(given["lr"][-1])
+                print("\nchosen:", ", ".join(chosen), "(the last rate tried: try beyond it)" if at_the_end else "")
+                tested = trial(choices[found.index(best)], given["seed"])
+        if "accuracies" in tested:
+            scores[name, variant] = tested["accuracies"]
+            best |= mean_and_std(tested["accuracies"])
+        rows += [row | {kind: variant} for row in found]
     if total > 1:
         columns = ["data", kind, *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores, kind)]
@@ -366,10 +370,10 @@ def list_combinations(given, ablate=False):
     combinations, unused = {}, set(given) - set(REPEATED)
     for name, (variant, change) in itertools.product(data.members(given["data"]), variants.items()):
         fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
-        own = [setting for setting in given if setting in complete_settings(fixed) and setting not in fixed]
-        unused -= set(own)
-        combinations[name, variant] = [complete_settings(fixed | dict(zip(own, values)))
-                                       for values in itertools.product(*map(given.get, own))]  # fmt: skip
+        free = [setting for setting in complete_settings(fixed) if setting in given and setting not in fixed]
+        unused -= set(free)
+        values = itertools.product(*(given[setting] for setting in free))
+        combinations[name, variant] = [complete_settings(fixed | dict(zip(free, choice))) for choice in values]
     if unused:
         raise vit.InputError(f"{', '.join(unused)} is not a setting of {' or '.join(variants)}")
     return combinations
@@ -633,11 +637,11 @@ def make_parser():
 
 def choose_machine(args):
     """The machine that the command line asks for."""
-    device, dtype = torch.device("cpu"), torch.float32
     # A GPU may be listed and not work, for want of a driver.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and not args.cpu else 0
     if args.gpu is not None and args.gpu >= gpus:
         raise vit.InputError(f"there is no GPU {args.gpu}, PyTorch can use {gpus}: leave out --gpu, or take --cpu")
+    device, dtype = torch.device("cpu"), torch.float32
     if gpus:
         device = torch.device("cuda", args.gpu or 0)
         torch.cuda.set_device(device)
@@ -702,7 +706,7 @@ def main(argv=None):
             code = train(given, args.ablate, args.out, choose_machine(args))
     except KeyboardInterrupt:
         code = 130
-        print("interrupted: a run resumes after its last completed epoch if the command is given again", file=sys.stderr)
+        print("interrupted: a run resumes after its last completed epoch if the command is repeated", file=sys.stderr)
     except Exception as error:
         code = report(error)
     if code:
