@@ -368,12 +368,13 @@ def list_combinations(given, ablate=False):
     """
     variants = ABLATIONS if ablate else {method: {"method": method} for method in given["method"]}
     combinations, unused = {}, set(given) - set(REPEATED)
-    for name, (variant, change) in itertools.product(data.members(given["data"]), variants.items()):
-        fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
-        free = [setting for setting in complete_settings(fixed) if setting in given and setting not in fixed]
-        unused -= set(free)
-        values = itertools.product(*(given[setting] for setting in free))
-        combinations[name, variant] = [complete_settings(fixed | dict(zip(free, choice))) for choice in values]
+    for name in data.members(given["data"]):
+        for variant, change in variants.items():
+            fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
+            free = [setting for setting in complete_settings(fixed) if setting in given and setting not in fixed]
+            unused -= set(free)
+            values = itertools.product(*(given[setting] for setting in free))
+            combinations[name, variant] = [complete_settings(fixed | dict(zip(free, choice))) for choice in values]
     if unused:
         raise vit.InputError(f"{', '.join(unused)} is not a setting of {' or '.join(variants)}")
     return combinations
@@ -406,12 +407,12 @@ def run(settings, out, machine, test=True):
 def group_rows(scores, kind):
     """Rows for the means of the groups that are complete; `scores` is {(data set, variant): accuracies by seed}."""
     rows, scores = [], dict(scores)
-    variants = dict.fromkeys(variant for _, variant in scores)
-    for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
-        members = [scores[part, variant] for part in parts if (part, variant) in scores]
-        if len(members) == len(parts):
-            scores[group, variant] = list(map(statistics.mean, zip(*members)))
-            rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
+    for group, parts in data.GROUPS.items():
+        for variant in dict.fromkeys(variant for _, variant in scores):
+            members = [scores[part, variant] for part in parts if (part, variant) in scores]
+            if len(members) == len(parts):
+                scores[group, variant] = list(map(statistics.mean, zip(*members)))
+                rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
     return rows
 
 
@@ -463,13 +464,12 @@ def show(path, samples, model, meta, machine):
         columns["change by the prompts"] = sa2vp.prompting_strength(model, images)
     mean, std, orange = (images.new_tensor(values)[:, None, None]
                          for values in (meta["input"]["mean"], meta["input"]["std"], (1.0, 0.65, 0.1)))  # fmt: skip
-    tiles = [images * std + mean]
+    tiles = [F.interpolate(images * std + mean, (TILE, TILE))]
     for values in columns.values():
         values = (values / values.amax()).sqrt()[:, None]  # a few patches have most of it
-        tiles.append(0.3 * tiles[0] + 0.7 * orange * F.interpolate(values, images.shape[-2:]))
-    tiles = F.interpolate(torch.stack(tiles, dim=1).flatten(0, 1), (TILE, TILE))
+        tiles.append(0.3 * tiles[0] + 0.7 * orange * F.interpolate(values, (TILE, TILE)))
 
-    grid = to_pil_image(make_grid(tiles, 1 + len(columns), pad_value=1))
+    grid = to_pil_image(make_grid(torch.stack(tiles, dim=1).flatten(0, 1), len(tiles), pad_value=1))
     page = ImageOps.expand(grid, (0, TITLE, 0, 0), "white")
     for i, title in enumerate(["image", *columns]):
         ImageDraw.Draw(page).text((4 + i * (TILE + 2), 4), title, "black", ImageFont.load_default(15))
@@ -629,7 +629,7 @@ def make_parser():
     add("--ablate", action="store_true", help="train SA2VP and its ablations")
     add("--list", action="store_true", help="print the data sets and backbones that are known by name")
     add("--eval", type=user_path, help="print the test accuracy of a run, given by its folder or best.pt")
-    add("--predict", type=user_path, nargs="+", help="a run, then images or folders: print their classes")
+    add("--predict", type=user_path, nargs="+", metavar="X", help="a run, then images or folders: print their classes")
     parser.add_argument("--show", type=count,
                         help="with --eval or --predict: draw what the model looks at in so many images")  # fmt: skip
     return parser
