@@ -1915,7 +1915,7 @@ def test_the_list_has_a_line_for_each_data_set_and_each_backbone(monkeypatch, ca
         ("--data nonsense", "cub, nabirds, flowers"),
         ("--data other", "none of wasp"),
         ("--data damaged", "damaged/val/bee/0.jpg"),
-        ("--data damaged --workers 1", "damaged/val/bee/0.jpg"),
+        ("--data cut --workers 1", "could not run: cannot read the image"),  # found by a worker, in the first epoch
         ("--epochs 3 --warmup-epochs 3", "above"),
         ("--batch-size 1000", "fewer than one batch of 1000"),
         ("--dropout 1", "--dropout"),
@@ -1948,6 +1948,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(command, capsys, flags, par
     make_folder(Path("other"), {"train": 3, "test": 1})
     make_folder(Path("other"), {"test": 1}, classes=("wasp",))
     write(make_folder(Path("damaged")), {"val/bee/0.jpg": b"\xff\xd8 no image"})
+    cut = make_folder(Path("cut")) / "train/bee/0.png"
+    cut.write_bytes(cut.read_bytes()[:-30])
     given = flags.split()
     assert part in refusal(capsys, [*given, "--cpu"] if "--eval" in given else command(*given))
     assert not Path("runs").exists()
