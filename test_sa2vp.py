@@ -1040,13 +1040,13 @@ def test_a_run_of_other_settings_images_classes_or_backbone_is_refused_with_a_se
     other = json.loads(found)
     other["settings"]["fusion_layers"] = None
     write(out, {"result.json": other})
-    assert "holds a run with fusion_layers None, not []" in refusal(capsys, command(*flags))
+    assert "is of a run with fusion_layers None, not ()" in refusal(capsys, command(*flags))
     for damaged in ("{", "[]", "{}"):
         write(out, {"result.json": damaged})
-        assert "result.json is damaged: delete it" in refusal(capsys, command(*flags))
+        assert "result.json is damaged or of another version: delete it" in refusal(capsys, command(*flags))
     (out / "result.json").unlink()
     torch.save(last | {"settings": last["settings"] | {"fusion_layers": None}}, out / "last.pt")
-    assert "holds a run with fusion_layers None, not []" in refusal(capsys, command(*flags))
+    assert "is of a run with fusion_layers None, not ()" in refusal(capsys, command(*flags))
     torch.save(last | {"fingerprint": "another"}, out / "last.pt")
     assert "begun with another backbone" in refusal(capsys, command(*flags))
     torch.save(last, out / "last.pt")
@@ -1653,9 +1653,6 @@ def test_a_group_has_mean_and_deviation_of_its_parts_if_every_member_has_every_s
     pair, trio = train.group_rows(scores | {("b", "vpt"): [70.0, 40.0]}, "method")
     assert (pair["accuracy"], pair["std"]) == (55.0, pytest.approx(50**0.5))  # of 60 and 50, its means with each seed
     assert (trio["data"], trio["accuracy"]) == ("trio", 40.0)
-    for some in ([None, 40.0], []):
-        rows = train.group_rows(scores | {("b", "vpt"): some}, "method")
-        assert [(row["accuracy"], row["std"]) for row in rows] == [(None, None)] * 2
 
 
 def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(run, monkeypatch, capsys):
@@ -1887,7 +1884,7 @@ def test_the_list_has_a_line_for_each_data_set_and_each_backbone(monkeypatch, ca
         ("--data nonsense", "cub, nabirds, flowers"),
         ("--data other", "none of wasp"),
         ("--data damaged", "damaged/val/bee/0.jpg"),
-        ("--data damaged --workers 1", "damaged/val/bee/0.jpg"),
+        ("--data cut --workers 1", "could not run: cannot read the image"),  # found by a worker, in the first epoch
         ("--epochs 3 --warmup-epochs 3", "above"),
         ("--batch-size 1000", "fewer than one batch of 1000"),
         ("--dropout 1", "--dropout"),
@@ -1920,6 +1917,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(command, capsys, flags, par
     make_folder(Path("other"), {"train": 3, "test": 1})
     make_folder(Path("other"), {"test": 1}, classes=("wasp",))
     write(make_folder(Path("damaged")), {"val/bee/0.jpg": b"\xff\xd8 no image"})
+    cut = make_folder(Path("cut")) / "train/bee/0.png"
+    cut.write_bytes(cut.read_bytes()[:-30])
     given = flags.split()
     assert part in refusal(capsys, [*given, "--cpu"] if "--eval" in given else command(*given))
     assert not Path("runs").exists()

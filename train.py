@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -107,7 +107,7 @@ def fit(settings, out, machine, test=True):
     # The test images are read only here, once, with the kept epoch.
     kept = sa2vp.read_checkpoint(out / "best.pt")
     sa2vp.load_trained(model, kept["trained"])
-    accuracy, prompt_accuracy = evaluate(model, loader(splits.test), machine) if test else (None, None)
+    accuracy, prompt_accuracy = evaluate(model, loader(splits.test if test else []), machine)
     best = kept["history"][-1]
     result = dict(accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"],
                   best_epoch=best["epoch"], trainable=sa2vp.count_trained(model),
@@ -211,12 +211,12 @@ def prepare(settings, machine):
     """The data, the method on its backbone, and `meta`, stored in the run's checkpoints besides the weights."""
     if settings["epochs"] <= settings["warmup_epochs"]:
         raise vit.InputError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
-    row, size, weights = data.find(settings["data"]), settings["image_size"], settings["weights"]
+    row, weights = data.find(settings["data"]), settings["weights"]
     torch.manual_seed(settings["seed"])  # the small ViT is initialised at random
     if weights:
-        backbone = vit.load_vit(weights, size, settings["heads"], settings["normalize"])
+        backbone = vit.load_vit(weights, settings["image_size"], settings["heads"], settings["normalize"])
     else:
-        backbone = vit.VisionTransformer(size, **SMALL_VIT)
+        backbone = vit.VisionTransformer(settings["image_size"], **SMALL_VIT)
     splits = data.load(row, machine.root, settings["search"])
     print(f"{row.name}: {splits.describe()}", *splits.notes, sep="\n")
     print(f"{weights or 'from scratch'}: {backbone.describe()}", *backbone.notes, sep="\n")
@@ -250,10 +250,9 @@ def prepare(settings, machine):
 
 def resume(out, meta, model, optimizer, scaler):
     """Loads the last completed epoch, if there is one. Returns the history, a dict for each completed epoch."""
-    if not (out / "last.pt").exists():
+    state = read_run(out / "last.pt", meta["settings"])
+    if not state:
         return []
-    state = sa2vp.read_checkpoint(out / "last.pt")
-    refuse_other_settings(out, state["settings"], meta["settings"])
     for name, what in (("fingerprint", "another backbone"), ("digest", "other images or classes")):
         if state[name] != meta[name]:
             raise vit.InputError(f"{out} was begun with {what}: delete it to train anew, or give another --out")
@@ -265,11 +264,22 @@ def resume(out, meta, model, optimizer, scaler):
     return state["history"]
 
 
-def refuse_other_settings(out, then, now):
-    """InputError if the run in `out` has other settings, as it can where its name shows only a part of a path."""
-    for name, value in json.loads(json.dumps(now)).items():  # result.json has lists for tuples
-        if json.loads(json.dumps(then.get(name))) != value:
-            raise vit.InputError(f"{out} holds a run with {name} {then.get(name)}, not {value}: give another --out")
+def read_run(path, settings):
+    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or of other settings.
+
+    A folder may hold other settings if DEFAULTS changed, or a path that its name shows only a part of.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = sa2vp.read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_bytes())
+        then = content["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise vit.InputError(f"{path} is damaged or of another version: delete it to run again") from None
+    for name, value in settings.items():
+        if json.dumps(then.get(name)) != json.dumps(value):  # JSON has lists for tuples
+            raise vit.InputError(f"{path} is of a run with {name} {then.get(name)}, not {value}: give another --out")
+    return content
 
 
 # ---------------------------------------------------------------------- several runs
@@ -285,14 +295,12 @@ ABLATIONS = {  # what each variant changes of the full method
     "no-fusion": {"fusion_layers": ()},
     "half-size-map": {"prompt_grid": "half"},
 }
+REPEATED = ("data", "method", "seed")  # several values of these are several runs; of any other setting, a search
 
 # The backbone of the generated images: small, pre-trained here to tell the shape and colour of a thing.
 SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
 PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
 PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
-
-# What a user can mend. Anything else keeps its traceback.
-USER_ERRORS = (vit.InputError, data.DataError, torch.OutOfMemoryError)
 
 
 def train(given, ablate, out, machine):
@@ -304,42 +312,53 @@ def train(given, ablate, out, machine):
     """
     if (out / "last.pt").exists():
         raise vit.InputError(f"{out} is the folder of one run: --out is the folder that holds those of all runs")
-    given = {name: [DEFAULTS[name]] for name in ("data", "method", "seed")} | given
-    varied = [name for name in given if len(given[name]) > 1 and name not in ("data", "method", "seed")]
+    given = {name: [DEFAULTS[name]] for name in REPEATED} | given
+    varied = [name for name in given if len(given[name]) > 1 and name not in REPEATED]
     combinations = list_combinations(given, ablate)
     total = sum(len(given["seed"]) + (len(choices) if len(choices) > 1 else 0) for choices in combinations.values())
     kind = "variant" if ablate else "method"
-    rows, scores, results = [], {}, []
+    rows, scores, codes = [], {}, []
 
-    def start(settings, test=True):
-        if total > 1:
-            print(f"\nrun {len(results) + 1} of {total}")
-        results.append(run(settings, out, machine, test))
-        return results[-1]
+    def trial(settings, seeds, test=True):
+        """Runs these settings with each seed. Returns their row of the table."""
+        row, results = {setting: text(value) for setting, value in settings.items()}, []
+        for seed in seeds:
+            if total > 1:
+                print(f"\nrun {len(codes) + 1} of {total}")
+            result, code = run(settings | {"seed": seed}, out, machine, test)
+            results.append(result)
+            codes.append(code)
+        if all(results):
+            validated = [result["val_accuracy"] for result in results]
+            row["val_accuracy"] = None if None in validated else statistics.mean(validated)
+            row["trainable"] = results[0]["trainable"]
+            row["accuracies"] = [result["accuracy"] for result in results]
+        return row
 
     for (name, variant), choices in combinations.items():
-        best, searched, tested = choices[0], [], []
-        if len(choices) > 1:
+        if len(choices) == 1:
+            best = tested = trial(choices[0], given["seed"])
+            found = [best]
+        else:
             # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000.
-            searched = [start(settings | {"search": data.find(name).vtab}, test=False) for settings in choices]
-            best = max(zip(searched, choices), key=lambda pair: pair[0].get("val_accuracy", -1))[1]
-            at_the_end = best["lr"] == given.get("lr", [None])[-1]
-            print("\nchosen:", ", ".join(f"{setting} {text(best[setting])}" for setting in varied if setting in best),
-                  "(the last rate tried: try beyond it)" if at_the_end else "")  # fmt: skip
-        if not searched or any("val_accuracy" in result for result in searched):
-            tested = [start(best | {"seed": seed}) for seed in given["seed"]]
-        scores[name, variant] = [result.get("accuracy") for result in tested]
-        for settings, found in zip(choices, [[result] for result in searched] or [tested]):
-            row = {setting: text(value) for setting, value in settings.items()}
-            row |= {"data": data.find(name).name, kind: variant, "trainable": found[0].get("trainable"),
-                    "val_accuracy": mean(result.get("val_accuracy") for result in found)}  # fmt: skip
-            rows.append(row | (mean_and_std(scores[name, variant]) if settings is best else {}))
+            search = {"search": data.find(name).vtab}
+            found = [trial(settings | search, given["seed"][:1], test=False) for settings in choices]
+            best, tested = max(found, key=lambda row: row.get("val_accuracy", -1)), {}
+            if "val_accuracy" in best:
+                chosen = [f"{setting} {best[setting]}" for setting in varied if setting in best]
+                at_the_end = "lr" in varied and best["lr"] == text(given["lr"][-1])
+                print("\nchosen:", ", ".join(chosen), "(the last rate tried: try beyond it)" if at_the_end else "")
+                tested = trial(choices[found.index(best)], given["seed"])
+        if "accuracies" in tested:
+            scores[name, variant] = tested["accuracies"]
+            best |= mean_and_std(tested["accuracies"])
+        rows += [row | {kind: variant} for row in found]
     if total > 1:
         columns = ["data", kind, *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores, kind)]
         save(out / f"{file_name(given | ({'method': ['ablation']} if ablate else {}))}.csv", rows)
         print_table(rows)
-    return min((result["exit_code"] for result in results if "exit_code" in result), default=0)
+    return min(filter(None, codes), default=0)
 
 
 def list_combinations(given, ablate=False):
@@ -348,83 +367,59 @@ def list_combinations(given, ablate=False):
     A setting is only for the methods that have it. InputError if none of them does.
     """
     variants = ABLATIONS if ablate else {method: {"method": method} for method in given["method"]}
-    combinations, unused = {}, set(given) - {"data", "method", "seed"}
-    for name, (variant, change) in itertools.product(data.members(given["data"]), variants.items()):
-        fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
-        own = [setting for setting in given if setting in complete_settings(fixed) and setting not in fixed]
-        unused -= set(own)
-        values = itertools.product(*(given[setting] for setting in own))
-        combinations[name, variant] = [complete_settings(fixed | dict(zip(own, choice))) for choice in values]
+    combinations, unused = {}, set(given) - set(REPEATED)
+    for name in data.members(given["data"]):
+        for variant, change in variants.items():
+            fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
+            free = [setting for setting in complete_settings(fixed) if setting in given and setting not in fixed]
+            unused -= set(free)
+            values = itertools.product(*(given[setting] for setting in free))
+            combinations[name, variant] = [complete_settings(fixed | dict(zip(free, choice))) for choice in values]
     if unused:
         raise vit.InputError(f"{', '.join(unused)} is not a setting of {' or '.join(variants)}")
     return combinations
 
 
 def run(settings, out, machine, test=True):
-    """The result of one run, in its own folder below `out`. A finished run is kept, an interrupted one is resumed.
+    """One run, in its own folder below `out`: (result, exit code). It is kept if finished, resumed if interrupted.
 
-    A run that fails is reported and does not end the others: {"exit_code": 2} for what a user can mend, 1 for a bug.
+    A run that fails is reported and does not end the others: ({}, 2) for what a user can mend, ({}, 1) for a bug.
     """
     folder = out / run_name(settings)
     try:
-        result = read_result(folder / "result.json", settings)
+        result = read_run(folder / "result.json", settings)
         if result and (result["accuracy"] is not None or not test):
             print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
         else:
-            pretrained = PRETRAINED.with_name("result.json").exists()
-            if settings["weights"] == os.path.abspath(PRETRAINED) and not pretrained:
+            if settings["weights"] == os.path.abspath(PRETRAINED) and not PRETRAINED.with_name("result.json").exists():
                 print(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
                 fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
                 print()
             result = fit(settings, folder, machine, test)
-    except USER_ERRORS as error:
-        print(f"train.py: {folder} could not run: {sentence(error)}", file=sys.stderr)
-        return {"exit_code": 2}
-    except Exception:
-        traceback.print_exc()
-        return {"exit_code": 1}
+    except Exception as error:
+        return {}, report(error, f"{folder} could not run: ")
     print(f"test {percent(result['accuracy'], result['prompt_accuracy'])}, validation "
           f"{percent(result['val_accuracy'])} in epoch {result['best_epoch']}, "
           f"trained for {result['seconds']:.0f} s")  # fmt: skip
-    return result
-
-
-def read_result(path, settings):
-    """The content of a run's result.json, a dict; empty if there is no such file. InputError if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        then = result["settings"]
-    except (ValueError, KeyError, TypeError):
-        raise vit.InputError(f"{path} is damaged: delete it, and the run is tested again") from None
-    refuse_other_settings(path.parent, then, settings)
-    return result
+    return result, 0
 
 
 def group_rows(scores, kind):
-    """Rows for the means of whole groups; `scores` is {(data set, variant): accuracies, one for each seed}."""
+    """Rows for the means of the groups that are complete; `scores` is {(data set, variant): accuracies by seed}."""
     rows, scores = [], dict(scores)
-    variants = dict.fromkeys(variant for _, variant in scores)
-    for (group, parts), variant in itertools.product(data.GROUPS.items(), variants):
-        members = [scores[part, variant] for part in parts if (part, variant) in scores]
-        if len(members) == len(parts):
-            scores[group, variant] = [mean(accuracies) for accuracies in zip(*members)]
-            rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
+    for group, parts in data.GROUPS.items():
+        for variant in dict.fromkeys(variant for _, variant in scores):
+            members = [scores[part, variant] for part in parts if (part, variant) in scores]
+            if len(members) == len(parts):
+                scores[group, variant] = list(map(statistics.mean, zip(*members)))
+                rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
     return rows
 
 
-def mean(values):
-    """Their mean; None if there are none, or one is None."""
-    values = list(values)
-    return statistics.mean(values) if values and None not in values else None
-
-
 def mean_and_std(accuracies):
-    """Mean and standard deviation over the seeds, for a row of a table; None where a run is missing."""
-    accuracy, count = mean(accuracies), len(accuracies)
-    std = None if accuracy is None or count == 1 else statistics.stdev(accuracies)
-    return {"accuracy": accuracy, "std": std, "seeds": count}
+    """Mean and standard deviation over the seeds, for a row of a table."""
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    return {"accuracy": statistics.mean(accuracies), "std": std, "seeds": len(accuracies)}
 
 
 def run_name(settings):
@@ -440,30 +435,16 @@ def run_name(settings):
 def file_name(values):
     """A file's name from {setting: values}, such as cub-sa2vp-lr0.005 or cub+dogs-vpt-seed0+1.
 
-    A path stands by its last two parts. A name of more than 100 characters is cut, and ends in a hash of all of it.
+    A name of more than 100 characters is cut, and ends in a hash of all of it.
     """
     parts = []
     for name, several in values.items():
-        words = [str(Path(*Path(value).parts[-2:])) if isinstance(value, str) else text(value) for value in several]
-        parts.append(("" if name in ("data", "method") else name) + "+".join(words))
+        parts.append(("" if name in ("data", "method") else name) + "+".join(map(text, several)))
     name = re.sub(r"[/\\:]+", "-", "-".join(parts)).strip("-")
     return name if len(name) <= 100 else f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 # ---------------------------------------------------------------------- with a tuned model
-
-
-def predict(samples, model, meta, machine):
-    """--predict: prints the five most likely classes of each image."""
-    transform = data.transform(**meta["input"])
-    for image, _ in samples:
-        pixels = transform(data.open_picture(image)).to(machine.device)
-        with torch.inference_mode(), autocast(machine):
-            probabilities = model(pixels[None])[0][0].softmax(dim=0)
-        print(image)
-        for label in probabilities.argsort(descending=True)[:5].tolist():
-            print(f"  {probabilities[label]:7.2%}  {meta['classes'][label]}")
-
 
 TILE, TITLE = 200, 24  # pixels
 
@@ -483,15 +464,13 @@ def show(path, samples, model, meta, machine):
         columns["change by the prompts"] = sa2vp.prompting_strength(model, images)
     mean, std, orange = (images.new_tensor(values)[:, None, None]
                          for values in (meta["input"]["mean"], meta["input"]["std"], (1.0, 0.65, 0.1)))  # fmt: skip
-    tiles = [images * std + mean]
+    tiles = [F.interpolate(images * std + mean, (TILE, TILE))]
     for values in columns.values():
         values = (values / values.amax()).sqrt()[:, None]  # a few patches have most of it
-        tiles.append(0.3 * tiles[0] + 0.7 * orange * F.interpolate(values, images.shape[-2:]))
-    tiles = F.interpolate(torch.stack(tiles, dim=1).flatten(0, 1), (TILE, TILE))
+        tiles.append(0.3 * tiles[0] + 0.7 * orange * F.interpolate(values, (TILE, TILE)))
 
-    grid = to_pil_image(make_grid(tiles, 1 + len(columns), pad_value=1))
-    page = Image.new("RGB", (grid.width, TITLE + grid.height), "white")
-    page.paste(grid, (0, TITLE))
+    grid = to_pil_image(make_grid(torch.stack(tiles, dim=1).flatten(0, 1), len(tiles), pad_value=1))
+    page = ImageOps.expand(grid, (0, TITLE, 0, 0), "white")
     for i, title in enumerate(["image", *columns]):
         ImageDraw.Draw(page).text((4 + i * (TILE + 2), 4), title, "black", ImageFont.load_default(15))
     save(path, page)
@@ -537,7 +516,7 @@ def print_table(rows):
     """Prints rows (dicts of the same keys) in columns; "-" where there is nothing."""
     lines = [list(rows[0])]
     for row in rows:
-        lines.append(["-" if value is None else f"{value:.2f}" if isinstance(value, float) else text(value)
+        lines.append([f"{value:.2f}" if isinstance(value, float) else str("-" if value is None else value)
                       for value in row.values()])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]
     print()
@@ -545,17 +524,11 @@ def print_table(rows):
         print("  ".join(map(str.ljust, line, widths)))
 
 
-def print_known():
-    """--list: the data sets and the backbones that are known by name."""
-    for row in data.ROWS:
-        print(f"{row.name:26}{row.classes:4} classes  {row.source}")
-    for name, (url, *_) in vit.BACKBONES.items():
-        print(f"{name:26}backbone  {url}")
-
-
 def text(value):
-    """A value as tables, messages and names of files show it."""
-    if isinstance(value, (tuple, list)):
+    """A value as tables, messages and names of files show it; a path by its last two parts."""
+    if isinstance(value, str):
+        return "/".join(Path(value).parts[-2:])
+    if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -565,14 +538,18 @@ def percent(base, prompt=None):
     return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
 
 
-def sentence(error):
-    """What a user error says, on one line. One from a DataLoader's worker carries a traceback: its last line counts."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory does not suffice: use a smaller --batch-size"
+def report(error, what=""):
+    """Prints an error. Returns the exit code: 2 for what a user can mend, one sentence; 1 for a bug, its traceback."""
     message = str(error)
-    if message.startswith("Caught "):
+    if isinstance(error, torch.OutOfMemoryError):
+        message = "the GPU's memory does not suffice: use a smaller --batch-size"
+    elif not isinstance(error, (vit.InputError, data.DataError)):
+        traceback.print_exception(error)
+        return 1
+    elif message.startswith("Caught "):  # in a DataLoader's worker: a traceback, whose last line says it
         message = message.splitlines()[-1].partition(": ")[2]
-    return " ".join(message.split())
+    print(f"train.py: {what}{' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 # ---------------------------------------------------------------------- the command line
@@ -641,30 +618,30 @@ def make_parser():
     add("--seed", type=number(int, 0, 2**32), help="default 42")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--gpu", type=natural, metavar="X", help="this GPU; default the first, else the CPU")
+    add("--gpu", type=natural, help="this GPU; default the first, else the CPU")
     add("--cpu", action="store_true", help="no GPU")
-    add("--workers", type=natural, metavar="X", help="processes that load images; default one per CPU, at most 16")
+    add("--workers", type=natural, help="processes that load images; default one per CPU, at most 16")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--root", type=user_path, metavar="X", help="the folder of the data sets; default data")
-    add("--out", type=user_path, default="runs", metavar="X", help="the folder of all runs; default runs")
+    add("--root", type=user_path, help="the folder of the data sets; default data")
+    add("--out", type=user_path, default="runs", help="the folder of all runs; default runs")
 
     add = parser.add_argument_group("instead of training a method").add_mutually_exclusive_group().add_argument
     add("--ablate", action="store_true", help="train SA2VP and its ablations")
     add("--list", action="store_true", help="print the data sets and backbones that are known by name")
-    add("--eval", type=user_path, metavar="RUN", help="print the test accuracy of a run, given by its folder or best.pt")
+    add("--eval", type=user_path, help="print the test accuracy of a run, given by its folder or best.pt")
     add("--predict", type=user_path, nargs="+", metavar="X", help="a run, then images or folders: print their classes")
-    parser.add_argument("--show", type=count, metavar="X",
+    parser.add_argument("--show", type=count,
                         help="with --eval or --predict: draw what the model looks at in so many images")  # fmt: skip
     return parser
 
 
 def choose_machine(args):
     """The machine that the command line asks for."""
-    device, dtype = torch.device("cpu"), torch.float32
     # A GPU may be listed and not work, for want of a driver.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and not args.cpu else 0
     if args.gpu is not None and args.gpu >= gpus:
         raise vit.InputError(f"there is no GPU {args.gpu}, PyTorch can use {gpus}: leave out --gpu, or take --cpu")
+    device, dtype = torch.device("cpu"), torch.float32
     if gpus:
         device = torch.device("cuda", args.gpu or 0)
         torch.cuda.set_device(device)
@@ -678,13 +655,20 @@ def choose_machine(args):
 
 
 def use_tuned(args, given, machine):
-    """--eval and --predict, and --show with them."""
+    """--eval: prints the test accuracy. --predict: prints the five most likely classes of each image. And --show."""
     path, *images = args.predict or [args.eval]
     model, meta = sa2vp.load(path, *given.get("weights", []))
     model.to(machine.device)
     if args.predict:
         samples = [(image, None) for image in data.find_images(images)]
-        predict(samples, model, meta, machine)
+        transform = data.transform(**meta["input"])
+        for image, _ in samples:
+            pixels = transform(data.open_picture(image)).to(machine.device)
+            with torch.inference_mode(), autocast(machine):
+                probabilities = model(pixels[None])[0][0].softmax(dim=0)
+            print(image)
+            for label in probabilities.argsort(descending=True)[:5].tolist():
+                print(f"  {probabilities[label]:7.2%}  {meta['classes'][label]}")
     else:
         splits = data.load(data.find(*given.get("data", [meta["settings"]["data"]])), args.root or meta["root"])
         if list(splits.classes) != meta["classes"]:
@@ -709,19 +693,22 @@ def main(argv=None):
         parser.error("--show draws with --eval or --predict")
     if args.ablate and given.keys() & set().union(*ABLATIONS.values()):
         parser.error("--ablate itself varies method, window, prompt-grid, distill-layers and fusion-layers")
+    code = 0
     try:
         if args.list:
-            code = print_known()
+            for row in data.ROWS:
+                print(f"{row.name:26}{row.classes:4} classes  {row.source}")
+            for name, (url, *_) in vit.BACKBONES.items():
+                print(f"{name:26}backbone  {url}")
         elif tuned:
-            code = use_tuned(args, given, choose_machine(args))
+            use_tuned(args, given, choose_machine(args))
         else:
             code = train(given, args.ablate, args.out, choose_machine(args))
     except KeyboardInterrupt:
         code = 130
-        print("interrupted: a run resumes after its last completed epoch if the command is given again", file=sys.stderr)
-    except USER_ERRORS as error:
-        code = 2
-        print(f"train.py: {sentence(error)}", file=sys.stderr)
+        print("interrupted: a run resumes after its last completed epoch if the command is repeated", file=sys.stderr)
+    except Exception as error:
+        code = report(error)
     if code:
         sys.exit(code)
 
