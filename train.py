@@ -254,7 +254,7 @@ def resume(out, meta, model, optimizer, scaler):
     if not state:
         return []
     for name, what in (("fingerprint", "another backbone"), ("digest", "other images or classes")):
-        if state[name] != meta[name]:
+        if state.get(name) != meta[name]:
             raise vit.InputError(f"{out} was begun with {what}: delete it to train anew, or give another --out")
     sa2vp.load_trained(model, state["trained"])
     optimizer.load_state_dict(state["optimizer"])
@@ -458,16 +458,17 @@ def show(path, samples, model, meta, machine):
     """
     transform = data.transform(**meta["input"])
     images = torch.stack([transform(data.open_picture(image)) for image, _ in samples]).to(machine.device)
-    columns = {"attention, encoder alone": sa2vp.class_attention(model.vit, images),
-               "attention, whole model": sa2vp.class_attention(model, images)}  # fmt: skip
+    # The square root of attention, because a few patches have most of it.
+    columns = {"attention, encoder alone": sa2vp.class_attention(model.vit, images).sqrt(),
+               "attention, whole model": sa2vp.class_attention(model, images).sqrt()}  # fmt: skip
     if isinstance(model, sa2vp.SA2VP):
         columns["change by the prompts"] = sa2vp.prompting_strength(model, images)
     mean, std, orange = (images.new_tensor(values)[:, None, None]
                          for values in (meta["input"]["mean"], meta["input"]["std"], (1.0, 0.65, 0.1)))  # fmt: skip
     tiles = [F.interpolate(images * std + mean, (TILE, TILE))]
     for values in columns.values():
-        values = (values / values.amax()).sqrt()[:, None]  # a few patches have most of it
-        tiles.append(0.3 * tiles[0] + 0.7 * orange * F.interpolate(values, (TILE, TILE)))
+        brightness = F.interpolate((values / values.amax())[:, None], (TILE, TILE))
+        tiles.append(0.3 * tiles[0] + 0.7 * orange * brightness)
 
     grid = to_pil_image(make_grid(torch.stack(tiles, dim=1).flatten(0, 1), len(tiles), pad_value=1))
     page = ImageOps.expand(grid, (0, TITLE, 0, 0), "white")
