@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -63,10 +63,18 @@ def find(name):
     """The row of that name, or one for the folder of that path; DataError if there is neither."""
     if name in TABLE:
         return TABLE[name]
-    folder = Path(os.path.abspath(os.path.expanduser(name)))
+    folder = os.path.abspath(os.path.expanduser(name))
     if os.path.isdir(folder):
-        return DataSet("/".join(folder.parts[-2:]), None, partial(class_folders, folder), str(folder), crop=True)
+        return folder_row(Path(folder))
     raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
+
+
+def members(names):
+    """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
+    for name in names:
+        if name in {**TABLE, **GROUPS} and os.path.isdir(os.path.join(name, "train")):
+            raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
+    return [member for name in names for member in (members(GROUPS[name]) if name in GROUPS else [name])]
 
 
 def members(names, given=True):
@@ -110,8 +118,7 @@ def reading(what):
 
 # ---------------------------------------------------------------------- layouts on disk
 
-SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-            "testing": "test"}  # by a folder's name, in lower case  # fmt: skip
+SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by a folder's name
 
 
 def images_below(folder):
@@ -136,37 +143,56 @@ def images_below(folder):
     return dict(sorted(images.items())), left_out
 
 
-def class_folders(folder, row, root, search):
+@cache  # so that all runs of a command have the same settings
+def folder_row(folder):
+    """The row of a folder of one's own. Its settings were chosen for few images, on validation data."""
+    splits = class_folders(folder)
+    settings = {"batch_size": min(64, max(4, len(splits.train) // 16)), "epochs": 20, "dropout": 0.0}
+    lr = {"sa2vp": 3e-3, "adapter": 3e-3, "vpt": 3e-3}
+    name = "/".join(folder.parts[-2:])  # tells apart two folders of one name
+    return DataSet(name, None, partial(open_all, splits), str(folder), settings, lr, crop=True)
+
+
+def open_all(splits, row, root, search):
+    """The splits, after each image was opened, so that a file that is no image is named before the training."""
+    for image, _ in splits.train + splits.val + splits.test:
+        with opened(image):
+            pass
+    return splits
+
+
+def class_folders(folder):
     """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train.
 
     Without test images a fifth of each class is held out, and without validation images a tenth of the rest.
     """
     images, left_out = images_below(folder)
-    own = any(len(above) > 1 and above[0].lower() in SPLIT_OF for above in images.values())
+    own = any(len(above) > 1 and above[0] in SPLIT_OF for above in images.values())
     parts = {"train": [], "val": [], "test": []}
     for image, above in images.items():
         split, name, *_ = (*above, "", "") if own else ("train", *above, "")
-        split = SPLIT_OF.get(split.lower())
-        if split and name:
-            parts[split].append((image, name))
-            with opened(image):  # a file that is no image is named before the training
-                pass
+        if name and split in SPLIT_OF:
+            parts[SPLIT_OF[split]].append((image, name))
         else:
             left_out["outside the class folders"] += 1
     classes = sorted({name for _, name in parts["train"]})
-    unknown = sorted({name for _, name in parts["val"] + parts["test"]} - set(classes))
+    unknown = {name for _, name in parts["val"] + parts["test"]} - set(classes)
     if unknown or len(classes) < 2:
         raise DataError(
-            f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: "
-            f"it has training images of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
+            f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: it "
+            f"has training images of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
         )
     samples = [[(image, classes.index(name)) for image, name in part] for part in parts.values()]
     origin = "its own folders" if own else "folders of classes"
     if left_out:
         origin += f" without {', '.join(f'{count} {kind}' for kind, count in left_out.items())}"
     splits = hold_out(hold_out(Splits(*samples, classes, origin), "test", 0.2), "val", 0.1)
-    untested = sorted(set(classes) - {classes[label] for _, label in splits.test})
-    return splits._replace(notes=[f"no test images of {', '.join(untested)}"] if untested else [])
+    trained, tested = (Counter(classes[label] for _, label in part) for part in (splits.train, splits.test))
+    notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in classes if trained[name] < 5]
+    notes += [f"{name} has no test images" for name in classes if not tested[name]]
+    if len(splits.val) < 30:
+        notes.append(f"{len(splits.val)} validation images tell epochs and settings apart poorly: add some in val/")
+    return splits._replace(notes=notes)
 
 
 def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
@@ -246,15 +272,13 @@ def hold_out(splits, part, share):
     """An empty `part`, val or test, becomes `share` of each class of train: at least one image, never its only one."""
     if getattr(splits, part):
         return splits
-    labels, rng = np.array([label for _, label in splits.train]), np.random.default_rng(0)
-    out = np.zeros(len(labels), dtype=bool)
+    labels, rng, held = np.array([label for _, label in splits.train]), np.random.default_rng(0), set()
     for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = max(1, round(share * len(members))) if len(members) > 1 else 0
-        out[rng.permutation(members)[:count]] = True
-    kept, held = ([sample for sample, is_out in zip(splits.train, out) if is_out == side] for side in (False, True))
+        own = rng.permutation(np.flatnonzero(labels == label))
+        held.update(own[: max(1, round(share * len(own))) if len(own) > 1 else 0])
+    kept, out = ([sample for i, sample in enumerate(splits.train) if (i in held) == side] for side in (False, True))
     origin = f"{splits.origin}, {share:.0%} of train kept for {'testing' if part == 'test' else 'validation'}"
-    return splits._replace(**{"train": kept, part: held}, origin=origin)
+    return splits._replace(**{"train": kept, part: out}, origin=origin)
 
 
 def fetch(path, source, download=None, inside="*", **checksum):

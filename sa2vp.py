@@ -102,6 +102,7 @@ class PromptAdapter(nn.Module):
             nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, z):
+        # As in the released code. The paper's figure draws ReLU in place of GELU, and no LayerNorm.
         return self.drop(self.up(self.drop(nn.functional.gelu(self.down(self.norm(z))))))
 
 
@@ -137,7 +138,8 @@ class BilateralInteraction(nn.Module):
         self.scale, self.distills, self.last = scale, distills, last
 
     def forward(self, layer, base, prompt):
-        """B_i (batch, 1 + N, d), P_i (batch or, up to the first layer in D, 1; 1 + h' w', d) -> B_{i+1}, P_{i+1}."""
+        """B_i (batch, 1 + N, d), P_i (batch, 1 + h' w', d) -> B_{i+1}, P_{i+1}."""
+        # P_i does not depend on the image before the first layer in D: until then it is a batch of one.
         qb, kb, vb = layer.qkv(base)
         qp, kp, vp = layer.qkv(prompt)
         kept = slice(1) if self.last else slice(None)  # only the class tokens leave the last layer
@@ -172,6 +174,7 @@ class SA2VP(nn.Module):
                  distill_layers=None, fusion_layers=None):  # fmt: skip
         super().__init__()
         depth = len(vit.blocks)
+        # As in the released code the first interaction distils; in the paper's figure it prompts.
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
@@ -358,15 +361,11 @@ def load(path, weights=None):
     meta is the rest of the file: `classes` (names), `input` (arguments of data.transform), `settings` and more. The
     backbone is in `weights`, where the run had it or, of that name, beside best.pt; that of `full` is in best.pt.
     """
-    path = Path(path)
-    if path.is_dir():
-        path /= "best.pt"
+    path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
     meta = read_checkpoint(path)
     settings = meta["settings"]
     try:
         weights = path if settings["method"] == "full" else weights or settings["weights"]
-        if not weights:
-            raise InputError("it was trained from scratch: there is no backbone to put it on")
         beside = path.with_name(Path(weights).name)
         if beside.is_file() and beside != path and not Path(weights).is_file():
             weights = beside

@@ -872,7 +872,7 @@ def test_dropout_is_on_in_training_alone(run, monkeypatch):
 
 
 def test_the_warm_up_is_counted_in_epochs(run):
-    rates = [float(row["lr"]) for row in table(run("--epochs", 4, "--warmup-epochs", 2) / "metrics.csv")]
+    rates = [float(row["lr"]) for row in table(run("--epochs", 4, "--warmup-epochs", 2, "--lr", 1e-3) / "metrics.csv")]
     expected = [train.learning_rate(last, 4, 8, 1e-3) for last in (1, 3, 5, 7)]  # an epoch has 2 steps
     assert rates == pytest.approx(expected) and rates[1] == 1e-3
 
@@ -978,7 +978,7 @@ def test_workers_are_started_once_for_a_run_also_where_they_import_everything_an
 
 
 def test_a_finished_run_is_kept_and_says_so(run, capsys):
-    out = run("--lr", 0.001)  # the default, spelled out
+    out = run("--lr", 0.003)  # the default, spelled out
     before = (out / "best.pt").stat().st_mtime_ns
     capsys.readouterr()
     assert run() == out and (out / "best.pt").stat().st_mtime_ns == before
@@ -1009,8 +1009,10 @@ def test_a_run_of_other_settings_images_classes_or_backbone_is_refused_with_a_se
     assert "begun with another backbone" in refusal(capsys, command(*flags))
     torch.save(last, out / "last.pt")
     write(Path(), {"insects/train/ant/new.png": None})
+    data.folder_row.cache_clear()  # as in another command
     assert "begun with other images or classes" in refusal(capsys, command(*flags))
     Path("insects/train/ant/new.png").unlink()
+    data.folder_row.cache_clear()
     write(out, {"last.pt": "something else"})
     assert "last.pt" in refusal(capsys, command(*flags))
     torch.save(last, out / "last.pt")

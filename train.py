@@ -218,8 +218,12 @@ def prepare(settings, machine):
     else:
         backbone = vit.VisionTransformer(size, **SMALL_VIT)
     splits = data.load(row, machine.root, settings["search"])
-    print(f"{row.name}: {splits.describe()}", f"{weights or 'from scratch'}: {backbone.describe()}", *backbone.notes, sep="\n")
+    print(f"{row.name}: {splits.describe()}", *splits.notes, sep="\n")
+    print(f"{weights or 'from scratch'}: {backbone.describe()}", *backbone.notes, sep="\n")
     print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
+    steps = settings["epochs"] * (len(splits.train) // settings["batch_size"])
+    if steps < 200:
+        print(f"{steps} training steps are few: use a smaller --batch-size or more --epochs")
 
     mean, std = vit.NORMALIZE[backbone.normalize]
     meta = {

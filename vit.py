@@ -129,7 +129,7 @@ def interpolate_positions(pos_embed, old_grid, new_grid):
         return pos_embed
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:].unflatten(1, old_grid)
     patches = F.interpolate(patches.permute(0, 3, 1, 2), new_grid, mode="bicubic")  # (1, d, h', w')
-    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([cls, patches.flatten(2).mT], dim=1)
 
 
 # ---------------------------------------------------------------------- published weights
@@ -277,8 +277,7 @@ def read_safetensors(content):
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = end, start + entry["data_offsets"][1]  # without a gap
-        data = content[begin:end]
-        tensors[name] = torch.frombuffer(data, dtype=types[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = torch.frombuffer(content[begin:end], dtype=types[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
