@@ -15,8 +15,8 @@ a message: a patch token attends only to the tokens around its own place, the cl
     (8)  loss = 0.8 CE(head(LN(B_L)[cls]), y) + 0.2 CE(head(LN(P_L)[cls]), y)
 
 The numbers are this project's own. N is the number of patches, h x w their grid, h' x w' that of the prompt map (the
-same, unless it is scaled), d the width of the encoder, r the inner dimension of prompt maps and adapters. N(t) is the
-aligned neighbourhood of token t. D and F are sets of layers. In training B_0, P_0 and the MLPs of T_i have dropout too.
+same unless scaled), d the width of the encoder, r the inner dimension of prompt maps and adapters. N(t) is the aligned
+neighbourhood of token t. D and F are sets of layers. In training B_0, P_0 and T_i's MLPs have dropout too.
 """
 
 import inspect
@@ -58,7 +58,6 @@ def aligned_neighbourhood(grid, other, window):
     The class token attends to all, a patch token to the patch tokens whose cell centre is within window / 2 cells of
     the coarser grid in y and x: 3x3 for window 3 at equal sizes, cut off at the border. InputError if one is empty.
     """
-
     def near(n, m):  # of n and m cells along one axis, (n, m)
         y, z = torch.arange(n)[:, None], torch.arange(m)
         # The distance of the centres (y + 0.5) / n and (z + 0.5) / m, in integers, so that no rounding decides.
@@ -180,7 +179,7 @@ class SA2VP(nn.Module):
         if not fusion <= distill <= set(range(depth)):
             raise InputError(f"fusion layers {fusion} must be a subset of distill layers {distill} of 0 to {depth - 1}")
         if prompt_grid == "half":
-            prompt_grid = tuple(max(1, side // 2) for side in vit.grid)
+            prompt_grid = tuple(side // 2 for side in vit.grid)
         self.prompt_grid = grid = prompt_grid or vit.grid
         self.vit = freeze(vit, dropout)
         self.prompt_map = PromptMap(grid, inner_dim, vit.dim)
@@ -356,16 +355,18 @@ def read_checkpoint(path):
 
 
 def load(path, weights=None):
-    """Reads a tuned model, `best.pt` or its folder: (model in evaluation mode, meta); InputError if it does not fit.
+    """Reads a tuned model, best.pt or its folder: (model in evaluation mode, meta); InputError if it does not fit.
 
     meta is the rest of the file: `classes` (names), `input` (arguments of data.transform), `settings` and more. The
     backbone is in `weights`, where the run had it or, of that name, beside best.pt; that of `full` is in best.pt.
     """
     path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
     meta = read_checkpoint(path)
-    settings = meta["settings"]
     try:
+        settings = meta["settings"]
         weights = path if settings["method"] == "full" else weights or settings["weights"]
+        if not weights:
+            raise InputError("it was trained from scratch: there is no backbone to put it on")
         beside = path.with_name(Path(weights).name)
         if beside.is_file() and beside != path and not Path(weights).is_file():
             weights = beside
