@@ -1675,7 +1675,6 @@ def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_
         expected += [str(image), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
     rows = [f"  {image}: predicted {guesses[image]}" for image in opened[-2:]]
     assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png, whose rows are", *rows]
-    assert Image.open(out / "show.png").height == train.TITLE + 2 * (train.TILE + 2) + 2
     for given, says in ((["empty"], "no image"), (["absent.jpg"], "absent.jpg"), ([bee, "damaged.jpg"], "damaged.jpg")):
         assert says in refusal(capsys, ["--predict", out, *given, "--cpu"])
 
@@ -1701,58 +1700,50 @@ def test_the_default_run_pretrains_its_backbone_once_and_resumes_after_an_interr
 
 
 @pytest.fixture
-def tuned(tmp_path):
-    """A function that makes a checkpoint in the folder `run`, for the weights in vit.pth; (its path, model)."""
-    torch.save(small_vit(48).state_dict(), tmp_path / "vit.pth")
+def tuned(run, files, monkeypatch):
+    """A function that makes a run with its backbone's weights in vit.pth; (its best.pt, the model it trained)."""
+    shutil.copy(files / "vit.pth", "vit.pth")
 
-    def tuned(method="vpt", **changed):
-        torch.manual_seed(1)
-        backbone = vit.load_vit(tmp_path / "vit.pth", 48, 2, "half")
-        meta = {"settings": {"method": method, "weights": str(tmp_path / "vit.pth"), "prompts": 3}, "history": [],
-                "backbone": {"image_size": (48, 48), "heads": 2, "normalize": "half"}, "classes": ["a", "b"],
-                "input": {}, "root": "data", "fingerprint": vit.fingerprint(backbone)}  # fmt: skip
-        model = sa2vp.build(backbone, 2, meta["settings"]).eval()
-        for parameter in sa2vp.trained_parameters(model).values():
-            torch.nn.init.normal_(parameter, std=0.3)
-        path = tmp_path / "run/best.pt"
-        path.parent.mkdir(exist_ok=True)
-        torch.save(meta | {"trained": sa2vp.trained_parameters(model)} | changed, path)
-        return path, model
+    def tuned(method):
+        models, build = [], sa2vp.build
+        monkeypatch.setattr(sa2vp, "build", lambda *given: models.append(build(*given)) or models[-1])
+        best = run("--method", method, "--weights", "vit.pth", "--heads", 2, "--normalize", "half") / "best.pt"
+        return best, models[0]
 
     return tuned
 
 
-def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given(tuned, tmp_path):
-    (path, model), images = tuned(), torch.randn(2, 3, 48, 48)
-    weights = tmp_path / "vit.pth"
-    for place, given in ((weights, None), (path.with_name("vit.pth"), None), (tmp_path / "other.pth", "other.pth")):
+def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given(tuned):
+    (path, model), images, weights = tuned("vpt"), torch.randn(2, 3, 224, 224), Path("vit.pth")
+    for place, given in ((weights, None), (path.with_name("vit.pth"), None), (Path("other.pth"), "other.pth")):
         weights = weights.rename(place)
         for file in (path, str(path.parent)):
-            loaded, meta = sa2vp.load(file, weights=given and tmp_path / given)
-            assert torch.equal(loaded(images)[0], model(images)[0]) and meta["classes"] == ["a", "b"]
+            loaded, meta = sa2vp.load(file, weights=given)
+            assert torch.equal(loaded(images)[0], model(images)[0]) and meta["classes"] == ["ant", "bee"]
             assert not loaded.training
-    checkpoint = sa2vp.read_checkpoint(path)
+    content = checkpoint(path)
     for name in ("vit.pth", "best.pt"):  # moved elsewhere; the second is called as the run's own
-        torch.save(checkpoint | {"settings": checkpoint["settings"] | {"weights": str(tmp_path / name)}}, path)
+        torch.save(content | {"settings": content["settings"] | {"weights": name}}, path)
         with pytest.raises(vit.InputError, match=rf"{name}: give --weights \(weights=\)"):
             sa2vp.load(path)
-    torch.save(small_vit(48, depth=4).state_dict(), weights)
+    torch.save(small_vit().state_dict(), weights)
     with pytest.raises(vit.InputError, match="another backbone .* give --weights"):
         sa2vp.load(path, weights)
 
 
-def test_a_fully_tuned_model_needs_no_backbone_and_is_one_with_its_own_heads_and_normalization(tuned, tmp_path):
-    (path, model), images = tuned("full"), torch.randn(2, 3, 48, 48)
-    (tmp_path / "vit.pth").unlink()
+def test_a_fully_tuned_model_needs_no_backbone_and_is_one_with_its_own_heads_and_normalization(tuned):
+    (path, model), images = tuned("full"), torch.randn(2, 3, 224, 224)
+    Path("vit.pth").unlink()
     assert torch.equal(sa2vp.load(path)[0](images)[0], model(images)[0])
-    backbone = vit.load_vit(path, 48)
+    backbone = vit.load_vit(path)
     assert torch.equal(backbone(images), model.vit(images))
     assert backbone.normalize == "half" and backbone.notes == []
 
 
-def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence(tuned, tmp_path):
-    path, _ = tuned()
-    settings, trained = (sa2vp.read_checkpoint(path)[name] for name in ("settings", "trained"))
+def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence(tuned):
+    path, _ = tuned("vpt")
+    content = checkpoint(path)
+    settings, trained = content["settings"], content["trained"]
     for changed, says in (
         ({"trained": trained | {"prompts": torch.ones(1)}}, "prompts is"),
         ({"trained": trained | {3: torch.ones(1)}}, "3 is .* expected nothing"),
@@ -1762,18 +1753,19 @@ def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence
         ({"settings": {}}, "method"),
         ({"backbone": {"patches": 3}}, "patches"),
     ):
+        torch.save(content | changed, path)
         with pytest.raises(vit.InputError, match=says) as refused:
-            sa2vp.load(tuned(**changed)[0])
+            sa2vp.load(path)
         assert str(path) in str(refused.value) and "\n" not in str(refused.value)
     path.write_bytes(path.read_bytes()[:-500])
-    torch.save({"trained": {}}, tmp_path / "older.pt")
+    torch.save({"trained": {}}, "older.pt")
     for name, says in (
         (path, "best.pt is cut short or damaged .delete it"),
         ("older.pt", "is no checkpoint of .* no settings"),
         ("absent.pt", "cannot read .*absent.pt"),
     ):
         with pytest.raises(vit.InputError, match=says):
-            sa2vp.load(tmp_path / name)
+            sa2vp.load(name)
 
 
 # ---------------------------------------------------------------------- the command line, files and words
