@@ -310,6 +310,12 @@ def test_an_official_checkpoint_may_have_one_new_prompt_map_in_layer_4_and_what_
     assert model.interactions[0].scale == 1.5
 
 
+def gradients(model, logits):
+    """Those of the loss, by name, for two images of the classes 0 and 2."""
+    trained, loss = sa2vp.trained_parameters(model), sa2vp.two_pathway_loss(logits, torch.tensor([0, 2]))
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)))
+
+
 def literal(model, image, window, distill_layers, fusion_layers, scale=0.5):
     """Equations (1) to (7) for one image, token by token and head by head: (base, prompt) class tokens."""
     backbone = model.vit
@@ -372,16 +378,11 @@ def literal(model, image, window, distill_layers, fusion_layers, scale=0.5):
 )
 def test_equals_the_equations_taken_literally_token_by_token(prompt_grid, window, distill, fusion):
     model = small_model(prompt_grid=prompt_grid, window=window, distill_layers=distill, fusion_layers=fusion)
-    images, trained = small_images(), sa2vp.trained_parameters(model)  # a grid of 3 x 4
+    images = small_images()  # a grid of 3 x 4
     pairs = [literal(model, image, window, distill, fusion) for image in images]
     ours, expected = list(model(images)), [torch.stack(logits) for logits in zip(*pairs)]
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-
-    def gradients(logits):
-        loss = sa2vp.two_pathway_loss(logits, torch.tensor([0, 2]))
-        return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)))
-
-    torch.testing.assert_close(gradients(ours), gradients(expected), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(gradients(model, ours), gradients(model, expected), rtol=1e-7, atol=1e-9)
 
 
 def test_trained_parameters_are_as_many_as_the_paper_says():
@@ -423,12 +424,8 @@ def test_dropout_of_one_rate_is_on_both_pathways_the_encoder_and_the_adapters():
 @pytest.mark.parametrize("method", ["sa2vp", "vpt", "adapter", "linear"])
 def test_with_frozen_weights_in_bfloat16_residual_streams_and_logits_are_float32(method):
     model = sa2vp.build(small_vit(), 3, {"method": method, "dropout": 0.0})
-    images, labels, found = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), set()
-
-    def gradients(logits):
-        return torch.autograd.grad(sa2vp.two_pathway_loss(logits, labels), sa2vp.trained_parameters(model).values())
-
-    expected = gradients(model(images))
+    images, found = torch.randn(2, 3, 32, 32), set()
+    expected = gradients(model, model(images))
     for module in model.vit.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             module.bfloat16()
@@ -437,8 +434,8 @@ def test_with_frozen_weights_in_bfloat16_residual_streams_and_logits_are_float32
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images)
     assert found | {scores.dtype for scores in logits} == {torch.float32}
-    for ours, exact in zip(gradients(logits), expected):
-        assert ours.dtype == torch.float32 and (ours - exact).norm() < 0.1 * exact.norm()
+    for name, ours in gradients(model, logits).items():
+        assert ours.dtype == torch.float32 and (ours - expected[name]).norm() < 0.1 * expected[name].norm()
 
 
 def test_initialisation_is_the_methods():
@@ -455,13 +452,6 @@ def test_initialisation_is_the_methods():
             assert std < 1e-5, name
 
 
-def test_the_loss_weighs_the_pathways_8_to_2():
-    logits, labels = torch.randn(2, 4, 3), torch.tensor([0, 1, 2, 1])
-    base, prompt = (F.cross_entropy(scores, labels) for scores in logits)
-    torch.testing.assert_close(sa2vp.two_pathway_loss(logits, labels), 0.8 * base + 0.2 * prompt)
-    torch.testing.assert_close(sa2vp.two_pathway_loss(logits[:1], labels), base)
-
-
 # ---------------------------------------------------------------------- baselines and looking inside
 
 
@@ -474,13 +464,15 @@ def test_vpt_prompts_are_drawn_as_vpt_draws_them_and_take_part_in_every_layer():
     assert model.prompts.grad.abs().sum(dim=(1, 2)).all()
 
 
-def test_adapter_tuning_adds_the_adapters_message_to_every_layer():
+def test_adapter_tuning_adds_the_adapters_message_to_every_layer_and_its_loss_is_plain_cross_entropy():
     model, images = sa2vp.AdapterTuning(small_vit(), 3, 4, scale=0.5).eval(), torch.randn(2, 3, 32, 32)
     x = model.vit.embed(images)
     for block, adapter in zip(model.vit.blocks, model.adapters):
         assert adapter.drop.p == 0.1
         x = block(x) + 0.5 * adapter(x)
-    torch.testing.assert_close(model(images)[0], model.head(model.vit.norm(x[:, 0])))
+    logits, labels, expected = model(images), torch.tensor([0, 2]), model.head(model.vit.norm(x[:, 0]))
+    torch.testing.assert_close(logits[0], expected)
+    assert sa2vp.two_pathway_loss(logits, labels) == F.cross_entropy(logits[0], labels)
 
 
 @pytest.mark.parametrize("method", sa2vp.METHODS)
@@ -785,10 +777,7 @@ def test_two_downloads_at_once_do_not_disturb_one_another(files, tmp_path, monke
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    if error is KeyboardInterrupt:
-        with pytest.raises(error):
-            vit.download("deit-tiny")
-    else:
+    with pytest.raises(error) if error is KeyboardInterrupt else contextlib.nullcontext():
         assert vit.download("deit-tiny") == place
     assert len(set(parts)) == 2 and place not in parts and os.listdir(place.parent) == [place.name]
 
@@ -1192,19 +1181,20 @@ def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accura
     assert sorted(os.listdir("root")) == ["CUB_200_2011", "dogs"]
 
 
-@pytest.mark.parametrize("member, kind", [("../out", "0"), ("/{}/out", "0"), ("link", "2"), ("hard", "1"), ("", None)])
+@pytest.mark.parametrize("member, kind", [("../out", "0"), ("link", "2"), ("", None)])
 def test_no_archive_writes_outside_its_folder(server, tmp_path, member, kind):
     path = server.folder / f"birds.{'tar' if kind else 'zip'}"
     path.parent.mkdir()
     if kind:
         with tarfile.open(path, "w") as archive:
-            info = tarfile.TarInfo(member.format(tmp_path))
+            info = tarfile.TarInfo(member)
             info.type, info.linkname = kind.encode(), "../../out"
             archive.addfile(info)
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("../../out", ""), archive.writestr(f"{tmp_path}/out", "")
-    with pytest.raises(data.DataError, match="cannot be downloaded .*outside|is not in the archive"):
+    says = "cannot be downloaded .*outside" if kind else "is not in the archive"
+    with pytest.raises(data.DataError, match=says):
         data.fetch(tmp_path / "root/images", f"{server.url}/{path.name}", inside="images")
     assert not (tmp_path / "out").exists() and not os.listdir(tmp_path / "root")
 
