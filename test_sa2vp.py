@@ -1397,7 +1397,7 @@ def saved(path, pixels, **options):
     ("CMYK", (0, 0, 0, 0), "tiff"), ("RGBA", (0, 0, 0, 0), "tiff"), ("LA", (0, 0), "tiff"), ("L", 0, "png"),
     ("P", 0, "png"), ("RGB", (2, 2, 2), "png"),
 ])  # fmt: skip
-def test_images_of_every_kind_become_rgb_of_the_same_brightness_and_what_is_transparent_white(tmp_path, mode, hole, kind):
+def test_every_kind_of_image_becomes_rgb_of_the_same_brightness_and_white_where_transparent(tmp_path, mode, hole, kind):
     image = Image.new("RGB", (9, 7), (204,) * 3).convert(mode)
     image.putpixel((0, 0), hole)
     found = saved(tmp_path / f"image.{kind}", image, transparency=hole)  # a value that a TIFF does not have
@@ -1629,14 +1629,26 @@ def test_a_folder_is_named_after_what_differs_from_the_defaults_of_data_set_and_
 # ---------------------------------------------------------------------- with a tuned model
 
 
-def test_a_checkpoint_has_its_own_sizes_and_transforms(run, files, monkeypatch, capsys):
-    torch.save(vit.VisionTransformer(64, 16, 160, 2, 2).state_dict(), "wide.pth")
-    flags = ["--image-size", 48, "--normalize", "half", "--heads", 2, "--window", "none", "--prompt-grid", "3x4"]
-    best = run("--weights", "wide.pth", *flags) / "best.pt"
-    assert "2 heads, patch 16, image 48, normalization half" in capsys.readouterr().out
+@pytest.fixture
+def tuned(run, files, monkeypatch):
+    """A function that makes a run with its backbone's weights in vit.pth; (its best.pt, the model it trained)."""
+    shutil.copy(files / "vit.pth", "vit.pth")
+
+    def tuned(method, *flags):
+        models, build = [], sa2vp.build
+        monkeypatch.setattr(sa2vp, "build", lambda *given: models.append(build(*given)) or models[-1])
+        own = ["--method", method, "--weights", "vit.pth", "--heads", 2, "--normalize", "half"]
+        return run(*own, *flags) / "best.pt", models[0]
+
+    return tuned
+
+
+def test_a_checkpoint_has_its_own_sizes_and_transforms(tuned, files, monkeypatch, capsys):
+    best, _ = tuned("sa2vp", "--image-size", 96, "--prompt-grid", "3x4")
+    assert "2 heads, patch 32, image 96, normalization half" in capsys.readouterr().out
     model, meta = sa2vp.load(best)
     assert model.vit.blocks[0].attn.heads == 2 and model.vit.grid == (3, 3) and model.prompt_grid == (3, 4)
-    assert meta["input"] == {"crop": True, "image_size": (48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert meta["input"] == {"crop": True, "image_size": (96, 96), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     asked, transform = [], data.transform
     monkeypatch.setattr(data, "transform", lambda crop, **rest: asked.append(crop) or transform(crop, **rest))
     torch.save(checkpoint(best) | {"input": meta["input"] | {"crop": False}}, "squeezed.pt")
@@ -1687,20 +1699,6 @@ def test_the_default_run_pretrains_its_backbone_once_and_resumes_after_an_interr
     assert sorted(os.listdir("runs")) == ["shapes-sa2vp-epochs1", "shapes-vit"]
     assert os.listdir("elsewhere") == ["shapes-linear-epochs1"]
     assert vit.load_vit("runs/shapes-vit/best.pt", data.SIDE).normalize == "imagenet"
-
-
-@pytest.fixture
-def tuned(run, files, monkeypatch):
-    """A function that makes a run with its backbone's weights in vit.pth; (its best.pt, the model it trained)."""
-    shutil.copy(files / "vit.pth", "vit.pth")
-
-    def tuned(method):
-        models, build = [], sa2vp.build
-        monkeypatch.setattr(sa2vp, "build", lambda *given: models.append(build(*given)) or models[-1])
-        best = run("--method", method, "--weights", "vit.pth", "--heads", 2, "--normalize", "half") / "best.pt"
-        return best, models[0]
-
-    return tuned
 
 
 def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given(tuned):
