@@ -4,12 +4,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.util import find_spec
@@ -18,12 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import download_url
+from torchvision import datasets, transforms
 
 
 class DataError(ValueError):
@@ -42,7 +37,7 @@ class Splits(NamedTuple):
 
     def describe(self):
         """The sizes, in words."""
-        train, val, test = (len(samples) for samples in self[:3])
+        train, val, test = map(len, self[:3])
         return f"{train} training, {val} validation, {test} test images of {len(self.classes)} classes ({self.origin})"
 
 
@@ -51,7 +46,7 @@ class DataSet(NamedTuple):
 
     name: str
     classes: int | None
-    load: Callable[..., Splits]  # reads the data set: load(row, root, search)
+    load: partial  # load(row, root, search) reads the data set, a `Splits`
     source: str  # where to download it
     settings: dict = {}  # of a run, where they differ from DEFAULTS in train.py
     lr: dict = {}  # by method, where it differs from LEARNING_RATE in train.py
@@ -72,18 +67,9 @@ def find(name):
 def members(names):
     """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
     for name in names:
-        if name in {**TABLE, **GROUPS} and os.path.isdir(os.path.join(name, "train")):
+        if name in {**TABLE, **GROUPS} and [*Path(name).glob("train"), *Path(name).glob("*/*.*")]:
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
-    return [member for name in names for member in (members(GROUPS[name]) if name in GROUPS else [name])]
-
-
-def members(names, given=True):
-    """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
-    for name in names if given else ():
-        inside = [*Path(name).glob("train"), *Path(name).glob("*/*.[jJpP]*[gG]")]
-        if inside and name in {**TABLE, **GROUPS}:
-            raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
-    return [member for name in names for member in (members(GROUPS[name], False) if name in GROUPS else [name])]
+    return [member for name in names for part in GROUPS.get(name, [name]) for member in GROUPS.get(part, [part])]
 
 
 def load(row, root, search=False):
@@ -92,7 +78,7 @@ def load(row, root, search=False):
     Raises DataError for data, lists and images that are missing or damaged.
     """
     splits = row.load(row, Path(os.path.expanduser(root)), search)
-    for image, _ in splits.train + splits.val + splits.test:
+    for image, _ in sum(splits[:3], []):
         if isinstance(image, Path) and not os.path.isfile(image):
             raise DataError(f"{row.name} lists the image {image}, which is not there: get it from {row.source}")
     return splits
@@ -101,7 +87,7 @@ def load(row, root, search=False):
 def digest(splits):
     """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
     sha = hashlib.sha256(repr((splits.classes, *map(len, splits[:3]))).encode())
-    for image, label in splits.train + splits.val + splits.test:
+    for image, label in sum(splits[:3], []):
         known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
         sha.update(f"{label} {known}".encode())
     return sha.hexdigest()
@@ -118,13 +104,14 @@ def reading(what):
 
 # ---------------------------------------------------------------------- layouts on disk
 
+PARTS = ("train", "val", "test")
 SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by a folder's name
 
 
 def images_below(folder):
-    """{image below the folder: names of the folders above it}, and a Counter of the files left out.
+    """{image: names of the folders above it, from `folder` down}, and a Counter of the files left out, by extension.
 
-    Those are counted by extension, or as hidden: what editors, network drives and macOS leave behind.
+    What editors, network drives and macOS leave behind is counted as hidden.
     """
 
     def stop(error):
@@ -132,11 +119,11 @@ def images_below(folder):
 
     images, left_out = {}, Counter()
     for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
+        above = Path(place).relative_to(folder).parts
         for path in [Path(place, name) for name in names]:
-            *above, name = path.relative_to(folder).parts
-            if any(re.match(r"[.@]|__MACOSX$", part) for part in (*above, name)):
+            if any(part.startswith((".", "@", "__MACOSX")) for part in (*above, path.name)):
                 left_out["hidden"] += 1
-            elif path.suffix.lower() in IMG_EXTENSIONS:
+            elif path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
                 images[path] = above
             else:
                 left_out[path.suffix or "without extension"] += 1
@@ -147,48 +134,43 @@ def images_below(folder):
 def folder_row(folder):
     """The row of a folder of one's own. Its settings were chosen for few images, on validation data."""
     splits = class_folders(folder)
+    name = "/".join(folder.parts[-2:])  # tells apart two folders of one name
     settings = {"batch_size": min(64, max(4, len(splits.train) // 16)), "epochs": 20, "dropout": 0.0}
     lr = {"sa2vp": 3e-3, "adapter": 3e-3, "vpt": 3e-3}
-    name = "/".join(folder.parts[-2:])  # tells apart two folders of one name
-    return DataSet(name, None, partial(open_all, splits), str(folder), settings, lr, crop=True)
-
-
-def open_all(splits, row, root, search):
-    """The splits, after each image was opened, so that a file that is no image is named before the training."""
-    for image, _ in splits.train + splits.val + splits.test:
-        with opened(image):
-            pass
-    return splits
+    return DataSet(name, None, lambda row, root, search: splits, str(folder), settings, lr, crop=True)
 
 
 def class_folders(folder):
     """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train.
 
-    Without test images a fifth of each class is held out, and without validation images a tenth of the rest.
+    Without test images a fifth of each class is held out, and without validation images a tenth of the rest. DataError
+    names a file that is no image.
     """
     images, left_out = images_below(folder)
     own = any(len(above) > 1 and above[0] in SPLIT_OF for above in images.values())
-    parts = {"train": [], "val": [], "test": []}
+    found = []
     for image, above in images.items():
         split, name, *_ = (*above, "", "") if own else ("train", *above, "")
         if name and split in SPLIT_OF:
-            parts[SPLIT_OF[split]].append((image, name))
+            with opened(image):
+                found.append((image, SPLIT_OF[split], name))
         else:
             left_out["outside the class folders"] += 1
-    classes = sorted({name for _, name in parts["train"]})
-    unknown = {name for _, name in parts["val"] + parts["test"]} - set(classes)
+    classes = sorted({name for _, split, name in found if split == "train"})
+    unknown = sorted({name for *_, name in found} - {*classes})
     if unknown or len(classes) < 2:
         raise DataError(
             f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: it "
             f"has training images of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
         )
-    samples = [[(image, classes.index(name)) for image, name in part] for part in parts.values()]
+    samples = [[(image, classes.index(name)) for image, split, name in found if split == part] for part in PARTS]
     origin = "its own folders" if own else "folders of classes"
     if left_out:
         origin += f" without {', '.join(f'{count} {kind}' for kind, count in left_out.items())}"
     splits = hold_out(hold_out(Splits(*samples, classes, origin), "test", 0.2), "val", 0.1)
-    trained, tested = (Counter(classes[label] for _, label in part) for part in (splits.train, splits.test))
-    notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in classes if trained[name] < 5]
+    trained, _, tested = (Counter(classes[label] for _, label in part) for part in splits[:3])
+    few = [name for name in classes if trained[name] < 5]
+    notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in few]
     notes += [f"{name} has no test images" for name in classes if not tested[name]]
     if len(splits.val) < 30:
         notes.append(f"{len(splits.val)} validation images tell epochs and settings apart poorly: add some in val/")
@@ -200,31 +182,27 @@ def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
 
     Those hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
-    folder = root / folder
+    folder, places = root / folder, {}
     for name in images:
         fetch(folder / name, row.source, inside=f"**/{name}", **checksum)
+        # By the last two parts, as cars are packed with cars_train/ and cars_test/ once or twice.
+        places |= {path.parts[-2:]: path for path in images_below(folder / name)[0]}
     listed = []
-    for split, md5 in zip(("train", "val", "test"), FGVC_MD5[splits].split()):
+    for split, md5 in zip(PARTS, FGVC_MD5[splits].split()):
         path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{splits}/{split}.json"
-        fetch(path, url, partial(download_url, url, md5=md5))
+        fetch(path, url, partial(datasets.utils.download_url, url, md5=md5))
         with reading(f"the list {path}, which comes from {url}"):
-            pairs = json.loads(path.read_text(encoding="utf-8-sig")).items()
-            listed.append([(Path(path), int(class_id)) for path, class_id in pairs])
-
-    def locate(path):
-        # Flowers and cars are listed with the folder of the images, the others without it. Cars are packed as
-        # cars_train/cars_train/1.jpg nowadays, and were as cars_train/1.jpg before; cars_test likewise.
-        parts = path.parts if path.parts[0] in images else (images[0], *path.parts)
-        place = folder.joinpath(*parts)
-        return place if os.path.exists(place) else folder.joinpath(*dict.fromkeys(parts))
-
-    names = {class_id: path.parent.name for part in listed for path, class_id in part}
+            pairs = json.loads(path.read_bytes()).items()
+            listed.append([(Path(image), int(class_id)) for image, class_id in pairs])
+    names = {class_id: image.parent.name for part in listed for image, class_id in part}
+    if len({*names.values()}) < len(names):  # flowers and cars have no folder for each class
+        names = {class_id: f"class {class_id}" for class_id in names}
     ids = sorted(names)
-    classes = [names[class_id] for class_id in ids]
-    if len(set(classes)) < len(ids):  # flowers and cars have no folder for each class
-        classes = [f"class {class_id}" for class_id in ids]
-    samples = [[(locate(path), ids.index(class_id)) for path, class_id in part] for part in listed]
-    return Splits(*samples, classes, f"{whose} train.json, val.json and test.json")
+    samples = [
+        [(places.get(image.parts[-2:], folder / image), ids.index(class_id)) for image, class_id in part]
+        for part in listed
+    ]
+    return Splits(*samples, [names[class_id] for class_id in ids], f"{whose} train.json, val.json and test.json")
 
 
 def vtab(row, root, search):
@@ -235,7 +213,7 @@ def vtab(row, root, search):
     def listed(name):
         path, samples = folder / f"{name}.txt", []
         with reading(f"{path}, which comes from {row.source}"):
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text("utf-8-sig").splitlines()
         for number, line in enumerate(lines, 1):
             if line.strip():
                 with reading(f"line {number} of {path}, {line!r}, as a path and a label below {row.classes}"):
@@ -249,23 +227,18 @@ def vtab(row, root, search):
     return Splits(listed("train800val200"), [], listed("test"), classes, "train800val200")
 
 
-def in_torchvision(kind, on_disk, row, root, search, val=None):
-    """torchvision's data set `kind`, which makes `on_disk` below root; `val` is its validation split, if it has one."""
+def in_torchvision(kind, on_disk, row, root, search, splits=("train", "test"), **options):
+    """torchvision's data set `kind`, which makes `on_disk` below root, has these splits and takes these options."""
     if kind == "SVHN" and not find_spec("scipy"):
         raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy")
-
-    def read(split, root, **options):
-        which = {"train": split == "train"} if "CIFAR" in kind else {"split": split}
-        return getattr(torchvision.datasets, kind)(root, **which, **options)
-
-    splits = ("train", val, "test")
-    fetch(root / on_disk, row.source, lambda part: [read(split, part, download=True) for split in splits if split])
-    loader = {"loader": Path} if kind in ("DTD", "Food101") else {}  # too large to be read as images here
+    read = getattr(datasets, kind)
+    fetch(root / on_disk, row.source, lambda folder: [read(folder, split, download=True) for split in splits])
     with reading(f"{row.name} below {root}, which comes from {row.source}"):
-        parts = [read(split, root, **loader) if split else [] for split in splits]
-        samples = [[(x if loader else np.asarray(x), int(label)) for x, label in part] for part in parts]
+        parts = [read(root, split, **options) for split in splits]
+        samples = [[(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in part] for part in parts]
     classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
-    return hold_out(Splits(*samples, classes, "official split"), "val", 0.2)
+    train, *val, test = samples
+    return hold_out(Splits(train, sum(val, []), test, classes, "official split"), "val", 0.2)
 
 
 def hold_out(splits, part, share):
@@ -275,7 +248,7 @@ def hold_out(splits, part, share):
     labels, rng, held = np.array([label for _, label in splits.train]), np.random.default_rng(0), set()
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
-        held.update(own[: max(1, round(share * len(own))) if len(own) > 1 else 0])
+        held.update(own[: min(max(1, round(share * len(own))), len(own) - 1)])
     kept, out = ([sample for i, sample in enumerate(splits.train) if (i in held) == side] for side in (False, True))
     origin = f"{splits.origin}, {share:.0%} of train kept for {'testing' if part == 'test' else 'validation'}"
     return splits._replace(**{"train": kept, part: out}, origin=origin)
@@ -284,33 +257,31 @@ def hold_out(splits, part, share):
 def fetch(path, source, download=None, inside="*", **checksum):
     """If `path` is missing, downloads into a temporary folder and moves the files into place once complete, it last.
 
-    `download(folder)` does so, by default `unpack` if `source` is an archive. What matches `inside` there is moved.
-    Where another process was faster, its files are used. DataError says where to get `path` and where to put it.
+    `download(folder)` does so, by default `unpack` of `source`. What matches `inside` there is moved. Where another
+    process was faster, its files are used. DataError says where to get `path` and where to put it.
     """
     if os.path.exists(path):
         return
-    failure = "has no direct link"
-    if download is None and source.endswith((".tgz", ".tar", ".zip")):
-        download = partial(unpack, source, **checksum)
-    if download:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-                download(folder)
-                for made in sorted(Path(folder).glob(inside), key=lambda made: made.name == path.name):
-                    made.replace(path.parent / made.name)
-            failure = "is not in the archive"
-        except Exception as error:  # the network's, the archive's, the checksum's, the disk's
-            failure = f"cannot be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
+    download, failure = download or partial(unpack, source, **checksum), "is not in the archive"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+            download(folder)
+            for made in sorted(Path(folder).glob(inside), key=lambda made: made.name == path.name):
+                made.replace(path.parent / made.name)
+    except Exception as error:  # the network's, the archive's, the checksum's, the disk's
+        failure = f"cannot be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
     if not os.path.exists(path):
         raise DataError(f"{path} is not there, and {failure}: get it from {source} and put it there")
 
 
 def unpack(source, folder, **checksum):
     """Downloads an archive into a folder and unpacks it there, nothing outside of it; checks its md5 or sha256."""
+    if not source.endswith((".tgz", ".tar", ".zip")):
+        raise DataError("it has no direct link")
     if not hasattr(tarfile, "data_filter"):
         raise DataError("unpacking safely takes Python 3.10.12, 3.11.4, 3.12 or later")
-    download_url(source, folder)
+    datasets.utils.download_url(source, folder)
     archive = Path(folder, Path(source).name)
     for algorithm, digits in checksum.items():
         if hashlib.new(algorithm, np.memmap(archive)).hexdigest() != digits:
@@ -323,23 +294,23 @@ def unpack(source, folder, **checksum):
 COLOURS = {"red": (220, 50, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (230, 200, 50)}
 SHAPES = {"triangle": 3, "square": 4, "disc": 30}  # sides
 KINDS = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
-DIRECTIONS = ("right", "below right", "below", "below left", "left", "above left", "above", "above right")
+DIRECTIONS = ["right", "below right", "below", "below left", "left", "above left", "above", "above right"]
 SIDE = 48  # pixels
 
 
-def draw(rng, *things):
-    """A noisy grey image (48, 48, 3) with things on it: (shape, colour, x, y, radius), in pixels."""
+def draw(rng, things):
+    """A noisy grey image (48, 48, 3) with things on it: (shape, colour, (x, y), radius), in pixels."""
     background = rng.integers(100, 156) + rng.normal(0, 12, (SIDE, SIDE, 3))
     image = Image.fromarray(background.clip(0, 255).astype(np.uint8))
-    for shape, colour, *circle in things:
-        ImageDraw.Draw(image).regular_polygon(circle, SHAPES[shape], fill=COLOURS[colour])
+    for shape, colour, centre, radius in things:
+        ImageDraw.Draw(image).regular_polygon((*centre, radius), SHAPES[shape], fill=COLOURS[colour])
     return np.asarray(image)
 
 
 def what_and_which_colour(rng, label):
     """An image of the source task: one thing anywhere; its shape and colour are the class."""
     (colour, shape), radius = KINDS[label].split(), rng.uniform(6, 9)
-    return draw(rng, (shape, colour, *rng.uniform(radius, SIDE - radius, 2), radius))
+    return draw(rng, [(shape, colour, rng.uniform(radius, SIDE - radius, 2), radius)])
 
 
 def where_is_blue(rng, label):
@@ -350,11 +321,10 @@ def where_is_blue(rng, label):
     while True:
         red, blue = rng.uniform(7, SIDE - 7, (2, 2))  # (x, y) each
         dx, dy = blue - red
-        off = (math.degrees(math.atan2(dy, dx)) - 45 * label + 180) % 360 - 180
+        off = math.remainder(math.degrees(math.atan2(dy, dx)) - 45 * label, 360)
         if math.hypot(dx, dy) > 18 and abs(off) < 17.5:
             break
-    shapes, radii = rng.choice([*SHAPES], 2), rng.uniform(5, 8, 2)
-    return draw(rng, (shapes[0], "red", *red, radii[0]), (shapes[1], "blue", *blue, radii[1]))
+    return draw(rng, zip(rng.choice([*SHAPES], 2), ("red", "blue"), (red, blue), rng.uniform(5, 8, 2)))
 
 
 def drawn(draw_one, classes, row, root, search, counts):
@@ -363,7 +333,7 @@ def drawn(draw_one, classes, row, root, search, counts):
     for i, count in enumerate(counts):
         rng, labels = np.random.default_rng(i), [j % len(classes) for j in range(count)]
         splits.append([(draw_one(rng, label), label) for label in labels])
-    return Splits(*splits, list(classes), "drawn by the program")
+    return Splits(*splits, classes, "drawn by the program")
 
 
 # ---------------------------------------------------------------------- from an image to a batch
@@ -407,13 +377,12 @@ def open_picture(image):
             deep = np.asarray(file)
             image = np.where(deep == file.info.get("transparency"), 255, deep // 257)
             image = Image.fromarray(image.astype(np.uint8))
-        elif file.mode.endswith(("A", "a")) or "transparency" in file.info:
+        elif file.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
         image = image.convert("RGB")
         with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
-            exif = Image.Exif()
-            exif[0x0112] = file.getexif()[0x0112] if file.format != "TIFF" else 1  # Pillow turns TIFFs by itself
-            image.info = {"exif": exif.tobytes()}
+            image.info = {}
+            image.getexif()[0x0112] = file.getexif()[0x0112]  # the orientation
             image = ImageOps.exif_transpose(image)
         return image
 
@@ -422,7 +391,7 @@ def find_images(paths):
     """The files among the paths, and for each folder all images below it, by name; DataError for none."""
     found = []
     for path in paths:
-        inside = [path] if os.path.isfile(path) else list(images_below(path)[0])
+        inside = [path] if os.path.isfile(path) else images_below(path)[0]
         if not inside:
             raise DataError(f"there is no image {path}, and none below it")
         found += inside
@@ -461,7 +430,7 @@ class Shuffled(Sampler):
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        return iter(list(zip(rng.permutation(self.count).tolist(), rng.integers(2**63, size=self.count).tolist())))
+        return zip(rng.permutation(self.count).tolist(), rng.integers(2**63, size=self.count).tolist())
 
 
 def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
@@ -472,7 +441,9 @@ def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
     """
     training, workers = shuffle_seed is not None, workers if samples else 0
     if training and len(samples) < batch_size:
-        raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: use a smaller --batch-size")
+        raise DataError(
+            f"{len(samples)} training images are fewer than one batch of {batch_size}: use a smaller --batch-size"
+        )
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
     return DataLoader(
         Images(samples, transform(**input, training=training)), batch_size, sampler=sampler, drop_last=training,
@@ -491,97 +462,82 @@ FGVC_MD5 = {  # of train.json, val.json and test.json
     "stanforddogs": "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
     "stanfordcars": "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7",
 }
-DOGS_SHA256 = "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"
-
-# (layout, source)
-CUB = (
-    partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
-    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-)
-NABIRDS = partial(fgvc, "nabirds", ["images"], "nabirds"), "https://dl.allaboutbirds.org/nabirds"
-FLOWERS = (
-    partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
-    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
-)
-DOGS = (
-    partial(fgvc, "dogs", ["Images"], "stanforddogs", sha256=DOGS_SHA256),
-    "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
-)
-CARS = (
-    partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars", whose="github.com/savadikarc/gift's"),
-    "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset",
-)
-VTAB = vtab, "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
-CIFAR10 = partial(in_torchvision, "CIFAR10", "cifar-10-batches-py"), "https://www.cs.toronto.edu/~kriz/cifar.html"
-CIFAR100 = partial(in_torchvision, "CIFAR100", "cifar-100-python"), "https://www.cs.toronto.edu/~kriz/cifar.html"
-DTD = partial(in_torchvision, "DTD", "dtd", val="val"), "https://www.robots.ox.ac.uk/~vgg/data/dtd"
-FOOD101 = partial(in_torchvision, "Food101", "food-101"), "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
-GTSRB = partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"
-SVHN = partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"
-TARGET = partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), "drawn by the program"
-SOURCE = partial(drawn, what_and_which_colour, KINDS, counts=(7200, 360, 360)), "drawn by the program"
-TARGET_LR = {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "linear": 1e-2, "full": 1e-3}  # searched on validation data
-
-FGVC = dict(crop=True)
-NATURAL, OTHERS = dict(vtab=True), dict(vtab=True, batch_size=40)
-GENTLE = dict(lr={"sa2vp": 5e-4})
-
-
-
-def row(name, classes, load, source, inner_dim, scale, lr={}, crop=False, vtab=False, **settings):
-    """A row of the table; what DataSet does not name is a setting of a run."""
-    return DataSet(name, classes, load, source, dict(inner_dim=inner_dim, scale=scale, **settings), lr, crop, vtab)
-
-
-ROWS = (
-    #       name                  classes  *(layout, source)  r  s
-    row("cub",                     200, *CUB,      16, 0.1, **FGVC),
-    row("nabirds",                 555, *NABIRDS,  32, 0.1, **FGVC),
-    row("flowers",                 102, *FLOWERS,   8, 0.1, **FGVC),
-    row("dogs",                    120, *DOGS,     32, 0.1, **FGVC),
-    row("cars",                    196, *CARS,     64, 1.5, **FGVC, fusion_layers=(4,)),
-    row("vtab/caltech101",         102, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/cifar",              100, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/dtd",                 47, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/oxford_flowers102",  102, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/oxford_iiit_pet",     37, *VTAB,      8, 0.1, **NATURAL, **GENTLE),
-    row("vtab/svhn",                10, *VTAB,     16, 0.5, **NATURAL),
-    row("vtab/sun397",             397, *VTAB,      8, 0.1, **NATURAL),
-    row("vtab/patch_camelyon",       2, *VTAB,     16, 1.5, **OTHERS),
-    row("vtab/eurosat",             10, *VTAB,     16, 1.5, **OTHERS),
-    row("vtab/resisc45",            45, *VTAB,     16, 0.5, **OTHERS),
-    row("vtab/diabetic_retinopathy", 5, *VTAB,     16, 1.5, **OTHERS),
-    row("vtab/clevr_count",          8, *VTAB,     32, 1.5, **OTHERS, **GENTLE),
-    row("vtab/clevr_dist",           6, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/dmlab",                6, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/kitti",                4, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/dsprites_loc",        16, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/dsprites_ori",        16, *VTAB,     16, 0.1, **OTHERS),
-    row("vtab/smallnorb_azi",       18, *VTAB,     32, 1.5, **OTHERS),
-    row("vtab/smallnorb_ele",        9, *VTAB,     32, 0.5, **OTHERS),
-    row("hta/cub",                 200, *CUB,      64, 0.1),
-    row("hta/nabirds",             555, *NABIRDS,  64, 0.1),
-    row("hta/flowers",             102, *FLOWERS,  64, 0.1),
-    row("hta/dogs",                120, *DOGS,     64, 0.1),
-    row("hta/cifar10",              10, *CIFAR10,  64, 0.1),
-    row("hta/cifar100",            100, *CIFAR100, 64, 0.1),
-    row("hta/dtd",                  47, *DTD,      64, 0.1),
-    row("hta/food101",             101, *FOOD101,  64, 0.1),
-    row("hta/gtsrb",                43, *GTSRB,    64, 0.1),
-    row("hta/svhn",                 10, *SVHN,     64, 0.1),
-    row("shapes",                    8, *TARGET,   16, 1.0, batch_size=32, lr=TARGET_LR, dropout=0.0, epochs=30,
-            weights="runs/shapes-vit/best.pt", image_size=SIDE),
-    row("shapes-source",            12, *SOURCE,   16, 1.0, weights=None, image_size=SIDE),
-)  # fmt: skip
+CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
+VTAB_1K = "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
+SOURCES = {  # name: (classes, loader, where to download it)
+    "cub": (200, partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
+            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"),
+    "nabirds": (555, partial(fgvc, "nabirds", ["images"], "nabirds"), "https://dl.allaboutbirds.org/nabirds"),
+    "flowers": (102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
+                "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz"),
+    "dogs": (120, partial(fgvc, "dogs", ["Images"], "stanforddogs",
+                          sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
+             "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"),
+    "cars": (196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars",
+                          whose="github.com/savadikarc/gift's"),
+             "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset"),
+    "cifar10": (10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py", splits=(True, False)), CIFAR),
+    "cifar100": (100, partial(in_torchvision, "CIFAR100", "cifar-100-python", splits=(True, False)), CIFAR),
+    "dtd": (47, partial(in_torchvision, "DTD", "dtd", splits=PARTS, loader=Path),
+            "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
+    "food101": (101, partial(in_torchvision, "Food101", "food-101", loader=Path),
+                "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    "gtsrb": (43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
+    "svhn": (10, partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
+}  # fmt: skip
+FGVC = {  # name: settings, where they differ from r = 16 and s = 0.1
+    "cub": {},
+    "nabirds": {"inner_dim": 32},
+    "flowers": {"inner_dim": 8},
+    "dogs": {"inner_dim": 32},
+    "cars": {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)},
+}
+GENTLE = {"sa2vp": 5e-4}
+VTAB = {  # group: rows of name, classes, r, s and, where it differs, the learning rate
+    "vtab/natural": [
+        ("vtab/caltech101", 102, 8, 0.1),
+        ("vtab/cifar", 100, 8, 0.1),
+        ("vtab/dtd", 47, 8, 0.1),
+        ("vtab/oxford_flowers102", 102, 8, 0.1),
+        ("vtab/oxford_iiit_pet", 37, 8, 0.1, GENTLE),
+        ("vtab/svhn", 10, 16, 0.5),
+        ("vtab/sun397", 397, 8, 0.1),
+    ],
+    "vtab/specialized": [
+        ("vtab/patch_camelyon", 2, 16, 1.5),
+        ("vtab/eurosat", 10, 16, 1.5),
+        ("vtab/resisc45", 45, 16, 0.5),
+        ("vtab/diabetic_retinopathy", 5, 16, 1.5),
+    ],
+    "vtab/structured": [
+        ("vtab/clevr_count", 8, 32, 1.5, GENTLE),
+        ("vtab/clevr_dist", 6, 32, 1.5),
+        ("vtab/dmlab", 6, 32, 1.5),
+        ("vtab/kitti", 4, 32, 1.5),
+        ("vtab/dsprites_loc", 16, 32, 1.5),
+        ("vtab/dsprites_ori", 16, 16, 0.1),
+        ("vtab/smallnorb_azi", 18, 32, 1.5),
+        ("vtab/smallnorb_ele", 9, 32, 0.5),
+    ],
+}
+DRAWN = "drawn by the program"
+ROWS = [
+    *(DataSet(name, *SOURCES[name], settings, crop=True) for name, settings in FGVC.items()),
+    *(DataSet(name, classes, vtab, VTAB_1K,
+              {"inner_dim": r, "scale": s, "batch_size": 64 if group == "vtab/natural" else 40}, *lr, vtab=True)
+      for group, rows in VTAB.items() for name, classes, r, s, *lr in rows),
+    *(DataSet(f"hta/{name}", *source, {"inner_dim": 64}) for name, source in SOURCES.items() if name != "cars"),
+    DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), DRAWN,
+            {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
+             "image_size": SIDE},
+            {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}),  # searched on validation data
+    DataSet("shapes-source", 12, partial(drawn, what_and_which_colour, KINDS, counts=(7200, 360, 360)), DRAWN,
+            {"weights": None, "image_size": SIDE}),
+]  # fmt: skip
 TABLE = {row.name: row for row in ROWS}
-
-# Groups in the paper's order. VTAB's mean is that of its three parts.
-NAMES = [row.name for row in ROWS]
-GROUPS = {
-    "fgvc": NAMES[:5],
-    "vtab/natural": NAMES[5:12],
-    "vtab/specialized": NAMES[12:16],
-    "vtab/structured": NAMES[16:24],
-    "vtab": ["vtab/natural", "vtab/specialized", "vtab/structured"],
-    "hta": NAMES[24:34],
+GROUPS = {  # in the paper's order; VTAB's mean is that of its three parts
+    "fgvc": [*FGVC],
+    **{group: [name for name, *_ in rows] for group, rows in VTAB.items()},
+    "vtab": [*VTAB],
+    "hta": [name for name in TABLE if name.startswith("hta/")],
 }
