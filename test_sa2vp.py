@@ -482,7 +482,7 @@ def test_adapter_tuning_adds_the_adapters_message_to_every_layer_and_its_loss_is
 @pytest.mark.parametrize("method", sa2vp.METHODS)
 def test_a_model_is_exported_for_batches_of_any_size(method):
     model = sa2vp.build(small_vit(), 3, {"method": method}).eval()
-    dynamic = ({0: torch.export.Dim("batch")},)
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
     exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=dynamic).module()
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, 32, 32)
@@ -1278,7 +1278,7 @@ def read_folder(folder, files):
     ("{}", "folders of classes, 20% of train kept for testing, 10% of train kept for validation", [14, 2, 4]),
     ("train/{} test/{}", "its own folders, 10% of train kept for validation", [18, 2, 20]),
     ("train/{} valid/{}", "its own folders, 20% of train kept for testing", [16, 20, 4]),
-    ("Training/{} validation/{} Testing/{}", "its own folders", [20, 20, 20]),
+    ("train/{} validation/{} test/{}", "its own folders", [20, 20, 20]),
 ])  # fmt: skip
 def test_any_folder_of_class_folders_is_read_and_what_is_missing_held_out(tmp_path, layout, origin, counts):
     places = [place.format(name) for place in layout.split() for name in ("ant", "train")]  # a train is a class, too

@@ -107,7 +107,7 @@ def fit(settings, out, machine, test=True):
     # The test images are read only here, once, with the kept epoch.
     kept = sa2vp.read_checkpoint(out / "best.pt")
     sa2vp.load_trained(model, kept["trained"])
-    accuracy, prompt_accuracy = evaluate(model, loader(splits.test if test else []), machine)
+    accuracy, prompt_accuracy = evaluate(model, loader(splits.test), machine) if test else (None, None)
     best = kept["history"][-1]
     result = dict(accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"],
                   best_epoch=best["epoch"], trainable=sa2vp.count_trained(model),
