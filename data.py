@@ -173,7 +173,7 @@ def class_folders(folder):
     notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in few]
     notes += [f"{name} has no test images" for name in classes if not tested[name]]
     if len(splits.val) < 30:
-        notes.append(f"{len(splits.val)} validation images tell epochs and settings apart poorly: add some in val/")
+        notes.append(f"{len(splits.val)} validation images tell epochs and settings apart poorly: add images, or val/")
     return splits._replace(notes=notes)
 
 

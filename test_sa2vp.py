@@ -1856,10 +1856,31 @@ def test_the_example_in_the_readme_prints_what_it_says(capsys):
     assert capsys.readouterr().out == printed
 
 
-def test_every_line_that_the_readme_shows_for_an_equation_is_in_the_code():
-    code = Path(vit.__file__).read_text() + Path(sa2vp.__file__).read_text()
-    lines = re.findall(r"^\| (?:\(\d\))? ?\|.*\| `([^`]*)` \|$", README, re.MULTILINE)
-    assert len(lines) == 9 and [line for line in lines if line not in code] == []
+def test_the_readmes_program_predicts_and_exports_a_model_that_runs_without_this_project(run, capsys):
+    (program,) = re.findall(r"```python\n(from pathlib import Path\n.*?)```", README, re.S)
+    (named,) = re.findall(r'sa2vp.load\("(.*?)"\)', program)
+    write(Path(), {"new.jpg": None})
+    out = run()
+    capsys.readouterr()
+    known = {}
+    exec(program.replace(named, str(out)), known)
+    assert capsys.readouterr().out in ("ant\n", "bee\n")
+    images = torch.cat([known["image"], torch.randn(2, 3, 224, 224)])
+    exported = torch.export.load("model.pt2").module()
+    torch.testing.assert_close(exported(images), known["model"](images))
+
+
+def test_the_readmes_measurement_compares_every_method_with_the_frozen_encoder(monkeypatch, capsys):
+    (program,) = re.findall(r"```python\n(from statistics import median\n.*?)```", README, re.S)
+    small = functools.partial(vit.VisionTransformer, 32, 16, 16, 5, 2)
+    monkeypatch.setattr(vit, "VisionTransformer", small)
+    known = {}
+    exec(program, known)
+    rows = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == 2 * list(known["models"])
+    assert [row[2] for row in rows[:: len(known["models"])]] == 2 * ["ratio 1.00"]
+    dropout = {name: model.vit.drop.p for name, model in known["models"].items()}
+    assert [name for name, rate in dropout.items() if rate] == ["sa2vp {}"]
 
 
 def test_every_link_within_the_readme_leads_to_a_heading():

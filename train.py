@@ -93,7 +93,7 @@ def fit(settings, out, machine, test=True):
         accuracy, prompt_accuracy = evaluate(model, val_batches, machine)
         history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy,
                             val_prompt_accuracy=prompt_accuracy, seconds=time.perf_counter() - start))  # fmt: skip
-        print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {percent(accuracy, prompt_accuracy)}  "
+        print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {percent(accuracy)}  "
               f"{history[-1]['seconds']:.1f} s")  # fmt: skip
 
         # The epoch of highest validation accuracy is kept, of equals the later; for VTAB-1k always the last.
@@ -274,7 +274,7 @@ def read_run(path, settings):
     try:
         content = sa2vp.read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_bytes())
         then = content["settings"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise vit.InputError(f"{path} is damaged or of another version: delete it to run again") from None
     for name, value in settings.items():
         if json.dumps(then.get(name)) != json.dumps(value):  # JSON has lists for tuples
@@ -536,7 +536,7 @@ def text(value):
 
 def percent(base, prompt=None):
     """The accuracies of the pathways in words; "-" if there is none."""
-    return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway {prompt:.2f} %)")
+    return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway, for information: {prompt:.2f} %)")
 
 
 def report(error, what=""):
