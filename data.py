@@ -78,6 +78,9 @@ def load(row, root, search=False):
     Raises DataError for data, lists and images that are missing or damaged.
     """
     splits = row.load(row, Path(os.path.expanduser(root)), search)
+    for part, samples in zip(PARTS, splits):
+        if not samples and not row.vtab:
+            raise DataError(f"{row.name} has no images for {part}: add some")
     for image, _ in sum(splits[:3], []):
         if isinstance(image, Path) and not os.path.isfile(image):
             raise DataError(f"{row.name} lists the image {image}, which is not there: get it from {row.source}")

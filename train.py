@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -42,12 +43,13 @@ import vit
 DEFAULTS = dict(
     data="shapes", method="sa2vp",
     weights="imagenet21k", image_size=224, heads=None, normalize=None,  # None: as the weights file says
-    epochs=100, warmup_epochs=None, batch_size=64, lr=None, weight_decay=1e-4,  # None: epochs / 10; LEARNING_RATE
-    inner_dim=16, scale=0.1, dropout=0.1,  # r, s
-    window=3, prompt_grid=None, distill_layers=None, fusion_layers=None,  # N(t), (h', w'), D, F: see sa2vp.SA2VP
+    epochs=100, warmup_epochs=None,  # None: a tenth of the epochs
+    batch_size=64, lr=None, weight_decay=1e-4,  # None: the method's LEARNING_RATE
+    inner_dim=16, scale=0.1, dropout=0.1,  # r, the rank of the prompt map; s, the weight of a message
+    window=3, prompt_grid=None, distill_layers=None, fusion_layers=None,  # sa2vp.SA2VP says what None means
     prompts=50,  # of vpt
     seed=42,
-    search=False,  # VTAB-1k alone: trained on 800 of its 1,000 images, validated on the other 200, not tested
+    search=False,  # not a flag: in a search VTAB-1k is trained on 800 of its 1,000 images, validated on the others
 )  # fmt: skip
 # Peak learning rates of AdamW: sa2vp's is the paper's, vpt's and linear's were searched on validation data.
 LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "adapter": 1e-3, "linear": 1e-2, "full": 1e-4}
@@ -71,12 +73,13 @@ def fit(settings, out, machine, test=True):
 
     With test=False the test images are not read.
     """
-    if machine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     splits, model, meta = prepare(settings, machine)
     optimizer = make_optimizer(model, settings["weight_decay"])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     history = resume(out, meta, model, optimizer, scaler)  # one dict per completed epoch
+    on_gpu = machine.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
           f"{machine.device} in {machine.dtype}, to {out}")  # fmt: skip
 
@@ -87,16 +90,17 @@ def fit(settings, out, machine, test=True):
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
         # Each epoch is seeded by (seed, epoch), so a resumed run gives the numbers of an uninterrupted one.
-        torch.manual_seed(10_007 * settings["seed"] + epoch)  # dropout
-        train_batches.sampler.epoch = epoch  # order, crops and flips
+        torch.manual_seed(10_007 * settings["seed"] + epoch)  # of dropout; a prime, so that no two are the same
+        train_batches.sampler.epoch = epoch  # of order, crops and flips, which the sampler seeds
         loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
         accuracy, prompt_accuracy = evaluate(model, val_batches, machine)
         history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy,
-                            val_prompt_accuracy=prompt_accuracy, seconds=time.perf_counter() - start))  # fmt: skip
+                            val_prompt_accuracy=prompt_accuracy, seconds=time.perf_counter() - start,
+                            peak_memory_mib=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None))  # fmt: skip
         print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {percent(accuracy)}  "
               f"{history[-1]['seconds']:.1f} s")  # fmt: skip
 
-        # The epoch of highest validation accuracy is kept, of equals the later; for VTAB-1k always the last.
+        # The epoch of highest validation accuracy is kept; ties go to the later one. For VTAB-1k it is the last.
         checkpoint = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
         last_is_kept = accuracy is None or data.find(settings["data"]).vtab
         if last_is_kept or all(accuracy >= earlier["val_accuracy"] for earlier in history):
@@ -111,9 +115,8 @@ def fit(settings, out, machine, test=True):
     best = kept["history"][-1]
     result = dict(accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"],
                   best_epoch=best["epoch"], trainable=sa2vp.count_trained(model),
-                  seconds=sum(epoch["seconds"] for epoch in history), settings=settings)  # fmt: skip
-    if machine.device.type == "cuda":
-        result["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                  seconds=sum(epoch["seconds"] for epoch in history), peak_memory_mib=best["peak_memory_mib"],
+                  settings=settings)  # fmt: skip
     save(out / "result.json", result)
     return result
 
@@ -236,7 +239,7 @@ def prepare(settings, machine):
         "input": {"crop": row.crop, "image_size": backbone.image_size, "mean": mean, "std": std},
         "root": os.path.abspath(machine.root),
     }  # fmt: skip
-    torch.manual_seed(settings["seed"])
+    torch.manual_seed(settings["seed"])  # the method starts alike, whatever was drawn before
     model = sa2vp.build(backbone, len(splits.classes), settings).to(machine.device)
     for module in model.modules():
         # Otherwise autocast casts the frozen weights anew at every use, and keeps the copies until backward.
@@ -337,8 +340,8 @@ def train(given, ablate, out, machine):
 
     for (name, variant), choices in combinations.items():
         if len(choices) == 1:
-            best = tested = trial(choices[0], given["seed"])
-            found = [best]
+            tested = best = trial(choices[0], given["seed"])
+            found = [tested]
         else:
             # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000.
             search = {"search": data.find(name).vtab}
@@ -381,9 +384,9 @@ def list_combinations(given, ablate=False):
 
 
 def run(settings, out, machine, test=True):
-    """One run, in its own folder below `out`: (result, exit code). It is kept if finished, resumed if interrupted.
+    """One run, in its own folder below `out`: (result, exit code). A finished run is kept, an interrupted one resumes.
 
-    A run that fails is reported and does not end the others: ({}, 2) for what a user can mend, ({}, 1) for a bug.
+    A run that fails is reported and does not end the others: ({}, 2) for what the user can fix, ({}, 1) for a bug.
     """
     folder = out / run_name(settings)
     try:
@@ -405,7 +408,7 @@ def run(settings, out, machine, test=True):
 
 
 def group_rows(scores, kind):
-    """Rows for the means of the groups that are complete; `scores` is {(data set, variant): accuracies by seed}."""
+    """Rows for the means of complete groups; `scores` is {(data set, variant): accuracies by seed}."""
     rows, scores = [], dict(scores)
     for group, parts in data.GROUPS.items():
         for variant in dict.fromkeys(variant for _, variant in scores):
@@ -510,7 +513,8 @@ def save(path, content):
     except OSError as error:
         raise vit.InputError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where it was moved, or never made
+            part.unlink()
 
 
 def print_table(rows):
@@ -536,14 +540,16 @@ def text(value):
 
 def percent(base, prompt=None):
     """The accuracies of the pathways in words; "-" if there is none."""
-    return "-" if base is None else f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway, for information: {prompt:.2f} %)")
+    if base is None:
+        return "-"
+    return f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway, for information: {prompt:.2f} %)")
 
 
 def report(error, what=""):
-    """Prints an error. Returns the exit code: 2 for what a user can mend, one sentence; 1 for a bug, its traceback."""
+    """Prints an error. Returns the exit code: 2 for what the user can fix, one sentence; 1 for a bug, its traceback."""
     message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        message = "the GPU's memory does not suffice: use a smaller --batch-size"
+        message = "not enough GPU memory: use a smaller --batch-size"
     elif not isinstance(error, (vit.InputError, data.DataError)):
         traceback.print_exception(error)
         return 1
@@ -631,14 +637,14 @@ def make_parser():
     add("--list", action="store_true", help="print the data sets and backbones that are known by name")
     add("--eval", type=user_path, help="print the test accuracy of a run, given by its folder or best.pt")
     add("--predict", type=user_path, nargs="+", metavar="X", help="a run, then images or folders: print their classes")
-    parser.add_argument("--show", type=count,
-                        help="with --eval or --predict: draw what the model looks at in so many images")  # fmt: skip
+    parser.add_argument("--show", type=count, metavar="X",
+                        help="with --eval or --predict: draw what the model looks at, for X images")  # fmt: skip
     return parser
 
 
 def choose_machine(args):
     """The machine that the command line asks for."""
-    # A GPU may be listed and not work, for want of a driver.
+    # A GPU may be listed although its driver is missing or too old.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and not args.cpu else 0
     if args.gpu is not None and args.gpu >= gpus:
         raise vit.InputError(f"there is no GPU {args.gpu}, PyTorch can use {gpus}: leave out --gpu, or take --cpu")
