@@ -612,7 +612,7 @@ def make_parser():
     add("--epochs", type=count, help="default 100; a folder 20, shapes 30")
     add("--warmup-epochs", type=natural, help="default a tenth of the epochs")
     add("--batch-size", type=count, help="default 64; most of VTAB-1k 40, shapes 32, a folder 4 to 64")
-    add("--lr", type=positive, help="peak; default 1e-3, linear 1e-2, full 1e-4; a folder 3e-3, shapes 1e-2 (full 1e-3)")
+    add("--lr", type=positive, help="peak; default 1e-3, linear 1e-2, full 1e-4; a folder 3e-3, shapes 1e-2, full 1e-3")
     add("--weight-decay", type=number(float, 0), help="default 1e-4")
     add("--inner-dim", type=count, help="r, the rank of the prompt map; default 16, benchmarks 8 to 64")
     add("--scale", type=number(float, 0), help="s, the weight of a message; default 0.1, benchmarks 0.1 to 1.5")
