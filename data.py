@@ -175,8 +175,9 @@ def class_folders(folder):
     few = [name for name in classes if trained[name] < 5]
     notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in few]
     notes += [f"{name} has no test images" for name in classes if not tested[name]]
-    if len(splits.val) < 30:
-        notes.append(f"{len(splits.val)} validation images tell epochs and settings apart poorly: add images, or val/")
+    for kind, count in {"validation": len(splits.val), "test": len(splits.test)}.items():
+        if 0 < count < 30:
+            notes.append(f"{count} {kind} images are few, one is {100 / count:.0f} points: add some")
     return splits._replace(notes=notes)
 
 
@@ -253,7 +254,8 @@ def hold_out(splits, part, share):
         own = rng.permutation(np.flatnonzero(labels == label))
         held.update(own[: min(max(1, round(share * len(own))), len(own) - 1)])
     kept, out = ([sample for i, sample in enumerate(splits.train) if (i in held) == side] for side in (False, True))
-    origin = f"{splits.origin}, {share:.0%} of train kept for {'testing' if part == 'test' else 'validation'}"
+    of = "the rest" if "kept for" in splits.origin else "each class"
+    origin = f"{splits.origin}, {share:.0%} of {of} kept for {'testing' if part == 'test' else 'validation'}"
     return splits._replace(**{"train": kept, part: out}, origin=origin)
 
 
@@ -394,7 +396,7 @@ def find_images(paths):
     """The files among the paths, and for each folder all images below it, by name; DataError for none."""
     found = []
     for path in paths:
-        inside = [path] if os.path.isfile(path) else images_below(path)[0]
+        inside = images_below(path)[0] if os.path.isdir(path) else [path] if os.path.isfile(path) else []
         if not inside:
             raise DataError(f"there is no image {path}, and none below it")
         found += inside

@@ -995,7 +995,7 @@ def test_a_finished_run_is_kept_and_says_so(run, capsys):
     capsys.readouterr()
     assert run() == out and (out / "best.pt").stat().st_mtime_ns == before
     assert re.fullmatch(
-        r"\S+ holds this run, finished, and is kept; delete it to train anew\ntest .* in epoch 1, trained for \d+ s\n",
+        r"\S+ holds this run, finished, and is kept; delete it to train anew\n\S+: test .* in epoch 1, trained for \d+ s\n",
         capsys.readouterr().out.lstrip(),
     )
     shutil.rmtree(out)
@@ -1281,9 +1281,9 @@ def read_folder(folder, files):
 
 
 @pytest.mark.parametrize("layout, origin, counts", [
-    ("{}", "folders of classes, 20% of train kept for testing, 10% of train kept for validation", [14, 2, 4]),
-    ("train/{} test/{}", "its own folders, 10% of train kept for validation", [18, 2, 20]),
-    ("train/{} valid/{}", "its own folders, 20% of train kept for testing", [16, 20, 4]),
+    ("{}", "folders of classes, 20% of each class kept for testing, 10% of the rest kept for validation", [14, 2, 4]),
+    ("train/{} test/{}", "its own folders, 10% of each class kept for validation", [18, 2, 20]),
+    ("train/{} valid/{}", "its own folders, 20% of each class kept for testing", [16, 20, 4]),
     ("train/{} validation/{} test/{}", "its own folders", [20, 20, 20]),
 ])  # fmt: skip
 def test_any_folder_of_class_folders_is_read_and_what_is_missing_held_out(tmp_path, layout, origin, counts):
@@ -1527,7 +1527,7 @@ def test_several_runs_end_with_one_table_also_after_an_interruption(run, command
     assert float(rows[0]["std"]) == pytest.approx(np.std(cub, ddof=1)) and rows[0]["seeds"] == "2"
     assert float(rows[0]["val_accuracy"]) == np.mean(validation)  # of all seeds, as accuracy is
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1].startswith("pair ") and "run 3 of 4" in printed
+    assert printed.splitlines()[-2].startswith("pair ") and "run 3 of 4" in printed
 
 
 def test_two_commands_share_the_folder_of_runs_and_a_third_only_prints_their_table(run, command, monkeypatch, capsys):
@@ -1630,6 +1630,7 @@ def test_a_folder_is_named_after_what_differs_from_the_defaults_of_data_set_and_
     assert train.run_name(train.complete_settings(insects)) == f"{files.name}-insects-sa2vp"
     long = [train.file_name({"data": ["cub"], "method": ["vpt"], "lr": [0.1] * n}) for n in (50, 51)]
     assert long[0] != long[1] and long[0][:90] == long[1][:90] and [len(name) for name in long] == [100, 100]
+    assert train.file_name({"data": ["../pets"], "method": ["vpt"]}) == "pets-vpt"
     command = {"data": ["vtab", "cub"], "method": ["vpt", "sa2vp"], "seed": [0, 1], "prompt_grid": [(7, 7), "half"]}
     assert train.file_name(command) == "vtab+cub-vpt+sa2vp-seed0+1-prompt_grid7,7+half"
 
@@ -1685,7 +1686,7 @@ def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_
         expected += [str(image), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
     rows = [f"  {image}: predicted {guesses[image]}" for image in opened[-2:]]
     assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png, whose rows are", *rows]
-    for given, says in ((["empty"], "no image"), (["absent.jpg"], "absent.jpg"), ([bee, "damaged.jpg"], "damaged.jpg")):
+    for given, says in ((["empty"], "no image"), (["absent.jpg"], "no image"), ([], "takes a run, and then images"), ([bee, "damaged.jpg"], "damaged.jpg")):
         assert says in refusal(capsys, ["--predict", out, *given, "--cpu"])
 
 

@@ -263,7 +263,8 @@ def resume(out, meta, model, optimizer, scaler):
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty if the run was begun in another dtype than float16
         scaler.load_state_dict(state["scaler"])
-    print(f"resuming after epoch {len(state['history'])}")
+    done = len(state["history"])
+    print("all epochs are done" if done == meta["settings"]["epochs"] else f"resuming after epoch {done}")
     return state["history"]
 
 
@@ -311,7 +312,7 @@ def train(given, ablate, out, machine):
 
     `given` is {setting: values}. Each data set is run with each method (with `ablate`: each variant) and each seed,
     and tested. Several values of any other setting are a search: each combination is trained with the first seed and
-    not tested. The one of highest validation accuracy is then trained with every seed and tested.
+    not tested. The one of highest validation accuracy (of equals the first) is then trained with every seed and tested.
     """
     if (out / "last.pt").exists():
         raise vit.InputError(f"{out} is the folder of one run: --out is the folder that holds those of all runs")
@@ -359,8 +360,10 @@ def train(given, ablate, out, machine):
     if total > 1:
         columns = ["data", kind, *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores, kind)]
-        save(out / f"{file_name(given | ({'method': ['ablation']} if ablate else {}))}.csv", rows)
+        path = out / f"{file_name(given | ({'method': ['ablation']} if ablate else {}))}.csv"
+        save(path, rows)
         print_table(rows)
+        print(f"wrote {path}")
     return min(filter(None, codes), default=0)
 
 
@@ -401,8 +404,8 @@ def run(settings, out, machine, test=True):
             result = fit(settings, folder, machine, test)
     except Exception as error:
         return {}, report(error, f"{folder} could not run: ")
-    print(f"test {percent(result['accuracy'], result['prompt_accuracy'])}, validation "
-          f"{percent(result['val_accuracy'])} in epoch {result['best_epoch']}, "
+    tested = percent(result["accuracy"], result["prompt_accuracy"]) if test else "-"
+    print(f"{folder}: test {tested}, validation {percent(result['val_accuracy'])} in epoch {result['best_epoch']}, "
           f"trained for {result['seconds']:.0f} s")  # fmt: skip
     return result, 0
 
@@ -443,7 +446,7 @@ def file_name(values):
     parts = []
     for name, several in values.items():
         parts.append(("" if name in ("data", "method") else name) + "+".join(map(text, several)))
-    name = re.sub(r"[/\\:]+", "-", "-".join(parts)).strip("-")
+    name = re.sub(r"(\.\.)?[/\\:]+", "-", "-".join(parts)).strip("-")
     return name if len(name) <= 100 else f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
@@ -696,6 +699,8 @@ def main(argv=None):
     tuned = args.eval or args.predict
     if tuned and any(name not in ("data", "weights") or len(given[name]) > 1 for name in given):
         parser.error("with --eval and --predict the only settings are --data and --weights, with one value each")
+    if args.predict and len(args.predict) == 1:
+        parser.error("--predict takes a run, and then images or folders of them")
     if args.show and not tuned:
         parser.error("--show draws with --eval or --predict")
     if args.ablate and given.keys() & set().union(*ABLATIONS.values()):
