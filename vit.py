@@ -56,9 +56,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(  # its GELU is the exact one (erf)
-            OrderedDict(fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), drop1=drop, fc2=nn.Linear(hidden, dim), drop2=drop)
-        )
+        mlp = dict(fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), drop1=drop, fc2=nn.Linear(hidden, dim), drop2=drop)
+        self.mlp = nn.Sequential(OrderedDict(mlp))  # its GELU is the exact one (erf)
 
     def qkv(self, x):
         """The first step of the layer: q, k, v of LN1(x), each (batch, heads, tokens, d / heads)."""
@@ -125,19 +124,17 @@ class VisionTransformer(nn.Module):
 
 def interpolate_positions(pos_embed, old_grid, new_grid):
     """Resamples position embeddings (1, 1 + h w, d) to another grid, bicubic; the class token's is kept."""
-    if tuple(old_grid) == tuple(new_grid):
+    if old_grid == new_grid:
         return pos_embed
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:].unflatten(1, old_grid)
     patches = F.interpolate(patches.permute(0, 3, 1, 2), new_grid, mode="bicubic")  # (1, d, h', w')
-    return torch.cat([cls, patches.flatten(2).mT], dim=1)
+    return torch.cat([cls, patches.flatten(2).mT], 1)  # (1, 1 + h' w', d)
 
 
 # ---------------------------------------------------------------------- published weights
 
-NORMALIZE = {  # mean and std per RGB channel of [0, 1]
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+NORMALIZE = {"half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # mean and std per RGB channel of [0, 1]
+             "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # fmt: skip
 META = "https://dl.fbaipublicfiles.com"
 BACKBONES = {  # name: (address, first digits of the file's SHA-256 where they are known, normalization)
     "imagenet21k": ("https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz", None, "half"),
@@ -238,14 +235,13 @@ def vit_from_tensors(tensors, heads, image_size):
     return vit
 
 
-@torch.no_grad()
 def load_tensors(own, tensors):
     """Copies tensors into a model's own; InputError names one that is missing, left over or of another shape."""
     for name in tensors | own:
         found, expected = (getattr(named.get(name), "shape", "nothing") for named in (tensors, own))
         if found != expected:
             raise InputError(f"{name} is {found}, expected {expected}")
-        own[name].copy_(tensors[name])
+        own[name].detach().copy_(tensors[name])
 
 
 def read_file(path):
