@@ -1032,11 +1032,11 @@ def test_a_run_of_other_settings_images_classes_or_backbone_is_refused_with_a_se
     assert f"{out} is the folder of one run" in refusal(capsys, command("--out", out))
 
 
+@torch._dynamo.config.patch(recompile_limit=4)  # 8 by default: the sixth run was too much
 def test_compiling_changes_no_more_than_rounding_and_happens_in_every_run(settings, tmp_path, monkeypatch):
     compiled, counts, losses, real = [], [], [], torch.compile
     backend = lambda graph, inputs: compiled.append(1) or graph.forward  # noqa: E731
     monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend=backend, **options))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)  # 8 by default: the sixth run was too much
     torch.save(vit.VisionTransformer(64, 32, 64, 1, 1).state_dict(), tmp_path / "vit.pth")
     one = settings(dropout=0.0, weights=str(tmp_path / "vit.pth"), image_size=64)
     for i in range(3):
