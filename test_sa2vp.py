@@ -1654,7 +1654,7 @@ def tuned(run, files, monkeypatch):
 
 def test_a_checkpoint_has_its_own_sizes_and_transforms(tuned, files, monkeypatch, capsys):
     best, _ = tuned("sa2vp", "--image-size", 96, "--prompt-grid", "3x4")
-    assert "2 heads, patch 32, image 96, normalization half" in capsys.readouterr().out
+    assert "heads 2, patch 32, image 96, normalization half" in capsys.readouterr().out
     model, meta = sa2vp.load(best)
     assert model.vit.blocks[0].attn.heads == 2 and model.vit.grid == (3, 3) and model.prompt_grid == (3, 4)
     assert meta["input"] == {"crop": True, "image_size": (96, 96), "mean": (0.5,) * 3, "std": (0.5,) * 3}

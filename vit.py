@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
 
     def describe(self):
         """The sizes, in words."""
-        return (f"width {self.dim}, {len(self.blocks)} layers, {self.blocks[0].attn.heads} heads, patch "
+        return (f"width {self.dim}, layers {len(self.blocks)}, heads {self.blocks[0].attn.heads}, patch "
                 f"{self.patch_size[0]}, image {self.image_size[0]}, normalization {self.normalize}")  # fmt: skip
 
     def embed(self, images):
