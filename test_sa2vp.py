@@ -1861,12 +1861,6 @@ def test_two_processes_never_write_to_the_same_file_and_an_interrupted_one_leave
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_in_the_readme_prints_what_it_says(capsys):
-    example, printed = re.search(r"```python\n(from sa2vp import aligned.*?)```\n+```\n(.*?)```", README, re.S).groups()
-    exec(example, {})
-    assert capsys.readouterr().out == printed
-
-
 def test_the_readmes_program_predicts_and_exports_a_model_that_runs_without_this_project(run, capsys):
     (program,) = re.findall(r"```python\n(from pathlib import Path\n.*?)```", README, re.S)
     (named,) = re.findall(r'sa2vp.load\("(.*?)"\)', program)
