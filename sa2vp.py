@@ -30,7 +30,7 @@ from vit import InputError, fingerprint, interpolate_positions, load_tensors, lo
 
 
 class FullPrecisionLinear(nn.Linear):
-    """A linear layer in its parameters' number format, also under autocast: of heads and prompt maps."""
+    """A linear layer without autocast, so that logits and the residual streams of prompts keep their precision."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):

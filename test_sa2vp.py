@@ -818,7 +818,8 @@ def test_a_run_writes_what_it_promises_and_leaves_the_backbone_bit_for_bit(run, 
     assert [row["epoch"] for row in table(out / "metrics.csv")] == ["1", "2"]
     assert any(name.startswith("vit.") for name in best["trained"]) == (method == "full")
     assert found["trainable"] == sum(t.numel() for n, t in best["trained"].items() if not n.startswith("head."))
-    assert "batch_size=4, lr=" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "batch_size=4, lr=" in printed and "\n4 training steps are few" in printed
 
     train.main(["--eval", str(out / "best.pt"), "--show", "3", "--cpu"])
     printed = capsys.readouterr().out
@@ -995,7 +996,8 @@ def test_a_finished_run_is_kept_and_says_so(run, capsys):
     capsys.readouterr()
     assert run() == out and (out / "best.pt").stat().st_mtime_ns == before
     assert re.fullmatch(
-        r"\S+ holds this run, finished, and is kept; delete it to train anew\n\S+: test .* in epoch 1, trained for \d+ s\n",
+        r"\S+ holds this run, finished, and is kept; delete it to train anew\n"
+        r"\S+: test .* in epoch 1, trained for \d+ s\n",
         capsys.readouterr().out.lstrip(),
     )
     shutil.rmtree(out)
@@ -1275,6 +1277,26 @@ def test_a_class_of_one_image_stays_in_training():
     assert splits.train[0] == ("a", 0) and len(splits.val) == 1
 
 
+def test_a_folder_has_defaults_for_few_images(monkeypatch):
+    for count, batch_size in ((20, 4), (200, 12), (5000, 64)):
+        monkeypatch.setattr(data, "class_folders", lambda _: data.Splits([None] * count, [], [], [], ""))
+        row = data.folder_row.__wrapped__(Path("/home/me/pets"))
+        assert row.name == "me/pets" and row.settings == {"batch_size": batch_size, "epochs": 20, "dropout": 0.0}
+        rates = {"sa2vp": 3e-3, "vpt": 3e-3, "adapter": 3e-3, "linear": 1e-2, "full": 1e-4}
+        assert train.LEARNING_RATE | row.lr == rates
+
+
+def test_only_vtab_may_be_without_validation_images():
+    for vtab in (True, False):
+        images = data.Splits([("a", 0)], [], [("b", 0)], ["ant"], "")
+        row = data.DataSet("ants", 1, lambda *_: images, "", vtab=vtab)
+        if vtab:
+            assert data.load(row, ".") is images
+        else:
+            with pytest.raises(data.DataError, match="ants has no images for val"):
+                data.load(row, ".")
+
+
 def read_folder(folder, files):
     write(folder, files)
     return data.load(data.find(str(folder)), folder)
@@ -1412,7 +1434,7 @@ def test_every_kind_of_image_becomes_rgb_of_the_same_brightness_and_white_where_
 
 
 def test_16_bits_are_divided_by_257_and_what_has_no_agreed_scale_is_refused(tmp_path):
-    deep = np.array([[0, 257, 200 * 257, 65535]], np.uint16)
+    deep = np.array([[0, 257, 201 * 257 - 1, 65535]], np.uint16)  # the third divided by 256 is 201
     (tmp_path / "deep.pgm").write_bytes(b"P5 4 1 65535\n" + deep.astype(">u2").tobytes())
     files = [np.asarray(data.open_picture(tmp_path / "deep.pgm")), saved(tmp_path / "deep.tiff", deep)]
     for pixels in (*files, saved(tmp_path / "deep.png", deep)):
@@ -1686,7 +1708,12 @@ def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_
         expected += [str(image), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
     rows = [f"  {image}: predicted {guesses[image]}" for image in opened[-2:]]
     assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png, whose rows are", *rows]
-    for given, says in ((["empty"], "no image"), (["absent.jpg"], "no image"), ([], "takes a run, and then images"), ([bee, "damaged.jpg"], "damaged.jpg")):
+    for given, says in (
+        (["empty"], "no image"),
+        (["absent.jpg"], "no image"),
+        ([], "takes a run, and then images"),
+        ([bee, "damaged.jpg"], "damaged.jpg"),
+    ):
         assert says in refusal(capsys, ["--predict", out, *given, "--cpu"])
 
 
