@@ -824,7 +824,7 @@ def test_a_run_writes_what_it_promises_and_leaves_the_backbone_bit_for_bit(run, 
     train.main(["--eval", str(out / "best.pt"), "--show", "3", "--cpu"])
     printed = capsys.readouterr().out
     assert f"test {found['accuracy']:.2f} %" in printed
-    assert len(re.findall(r"^  .*test/(ant|bee)/\d\.png: predicted (?:ant|bee), true \1$", printed, re.M)) == 3
+    assert len(re.findall(r"^/.*test/(ant|bee)/\d\.png \(true class: \1\)\n( .*%  (ant|bee)\n){2}", printed, re.M)) == 3
     page = np.asarray(Image.open(out / "show.png"))
     titles, grid = page[: train.TITLE], page[train.TITLE + 2 :, 2:]
     columns = 4 if method == "sa2vp" else 3
@@ -1258,7 +1258,7 @@ def test_vtab_is_searched_on_train800_and_val200_without_test_data_and_its_last_
     accuracies = iter([90.0, 50.0, 10.0, 20.0, 30.0, 20.0])  # of two runs; the first was better before its last epoch
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", lambda *_: (next(accuracies), None))
-        for file, validation in (("val200", ["", ""]), ("test", ["10.0", "20.0"])):  # a search needs no test data
+        for file, validation in (("val200", ["", ""]), ("test", ["10.0", "20.0", ""])):  # a search needs no test data
             path = Path("root", VTAB, f"{file}.txt")
             path.rename("hidden.txt")
             assert fail(command(*flags, "--out", file)) == 2
@@ -1266,7 +1266,7 @@ def test_vtab_is_searched_on_train800_and_val200_without_test_data_and_its_last_
             rows = table(one(file, "*.csv"))
             assert [(row["val_accuracy"], row["accuracy"]) for row in rows] == [(score, "") for score in validation]
     rows = table(one(run(*flags, out="test"), "*.csv"))
-    assert [bool(row["accuracy"]) for row in rows] == [False, True]
+    assert [bool(row["accuracy"]) for row in rows] == [False, False, True]
     found = [result(path) for path in Path("test").glob("vtab-clevr_count-linear-*/")]
     assert sorted(r["settings"]["search"] for r in found) == [False, True, True]
     assert all(r["best_epoch"] == 3 and (r["val_accuracy"] is None) != r["settings"]["search"] for r in found)
@@ -1549,7 +1549,7 @@ def test_several_runs_end_with_one_table_also_after_an_interruption(run, command
     assert float(rows[0]["std"]) == pytest.approx(np.std(cub, ddof=1)) and rows[0]["seeds"] == "2"
     assert float(rows[0]["val_accuracy"]) == np.mean(validation)  # of all seeds, as accuracy is
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-2].startswith("pair ") and "run 3 of 4" in printed
+    assert printed.splitlines()[-2].startswith("pair ")
 
 
 def test_two_commands_share_the_folder_of_runs_and_a_third_only_prints_their_table(run, command, monkeypatch, capsys):
@@ -1609,11 +1609,12 @@ def test_a_search_reads_test_data_once_for_each_seed_of_the_chosen_combination(r
     assert calls == search + chosen + probe + [("linear", 1e-2, 0.1, seed, True) for seed in (3, 4)]
     lines = one("runs", "*.csv").read_text().splitlines()
     assert lines[0] == "data,method,lr,scale,val_accuracy,accuracy,std,seeds,trainable"
-    assert [line.split(",")[1:] for line in lines[1:3]] == [
-        ["sa2vp", "0.001", "0.1", "40.0", "", "", "", "5"],
+    assert [line.split(",")[1:] for line in lines[2:6:3]] == [
+        ["sa2vp", "0.001", "0.5", "60.0", "", "", "", "5"],
         ["sa2vp", "0.001", "0.5", "60.0", "73.5", f"{math.sqrt(0.5)}", "2", "5"],
     ]
-    assert [line.split(",")[2:6] for line in lines[5:]] == [["0.001", "", "40.0", ""], ["0.01", "", "60.0", "73.5"]]
+    assert [line.split(",")[2:6] for line in lines[6:]] == [
+        ["0.001", "", "40.0", ""], ["0.01", "", "60.0", ""], ["0.01", "", "60.0", "73.5"]]  # fmt: skip
     printed = capsys.readouterr().out
     assert "chosen: lr 0.001, scale 0.5 \n" in printed
     assert "chosen: lr 0.01 (the last rate tried: try beyond it)" in printed
@@ -1625,12 +1626,13 @@ def test_a_search_names_a_run_that_diverges_saves_nothing_of_it_and_tests_the_be
     assert "lr1e+30 could not run: the loss is not finite in epoch 1" in error
     assert not list(Path("runs").glob("*lr1e+30*/"))
     rows = table(one("runs", "*.csv"))
-    assert [bool(row["val_accuracy"]) for row in rows] == [False, True, True]
-    chosen = max(rows[1:], key=lambda row: float(row["val_accuracy"]))
-    assert [row["lr"] for row in rows if row["accuracy"]] == [chosen["lr"]]
+    assert [bool(row["val_accuracy"]) for row in rows] == [False, True, True, True]
+    best = max(rows[1:3], key=lambda row: float(row["val_accuracy"]))
+    chosen = rows[3]
+    assert chosen["lr"] == best["lr"] and [row["accuracy"] for row in rows[:3]] == [""] * 3
     results = [result(path) for path in Path("runs").glob("*/")]
     assert {r["settings"]["lr"]: r["accuracy"] is None for r in results} == {
-        float(row["lr"]): row is not chosen for row in rows[1:]}  # fmt: skip
+        float(row["lr"]): row is not best for row in rows[1:3]}  # fmt: skip
     alone = run(*flags, chosen["lr"], out="alone")
     assert float(chosen["accuracy"]) == result(alone)["accuracy"]
 
@@ -1685,7 +1687,7 @@ def test_a_checkpoint_has_its_own_sizes_and_transforms(tuned, files, monkeypatch
     torch.save(checkpoint(best) | {"input": meta["input"] | {"crop": False}}, "squeezed.pt")
     for job in (["--eval", "squeezed.pt"], ["--predict", "squeezed.pt", str(files / "insects/test")]):
         train.main([*job, "--cpu", "--workers", "0"])
-    assert asked == [False, False]
+    assert asked and not any(asked)
 
 
 def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_images(run, files, monkeypatch, capsys):
@@ -1698,16 +1700,14 @@ def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_
     capsys.readouterr()
     train.main(list(map(str, ["--predict", out, bee, folder, "--show", 2, "--cpu"])))
     assert opened[-2:] == [images[0], images[6]]  # of 13, what is shown is evenly spaced
-    expected, guesses = [], {}
+    expected = []
     for image in images:
         pixels = data.transform(**meta["input"])(open_picture(image))
         with torch.inference_mode():
             probabilities = model(pixels[None])[0][0].softmax(dim=0).tolist()
         right = sorted(zip(probabilities, meta["classes"]), reverse=True)[:5]
-        guesses[image] = right[0][1]
         expected += [str(image), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
-    rows = [f"  {image}: predicted {guesses[image]}" for image in opened[-2:]]
-    assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png, whose rows are", *rows]
+    assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png"]
     for given, says in (
         (["empty"], "no image"),
         (["absent.jpg"], "no image"),
@@ -1796,13 +1796,6 @@ def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence
 # ---------------------------------------------------------------------- the command line, files and words
 
 
-def test_the_list_has_a_line_for_each_data_set_and_each_backbone(monkeypatch, capsys):
-    monkeypatch.setattr(train, "choose_machine", None)
-    train.main(["--list"])
-    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert lines == [*data.TABLE, *vit.BACKBONES]
-
-
 @pytest.mark.parametrize(
     "flags, part",
     [
@@ -1831,11 +1824,11 @@ def test_the_list_has_a_line_for_each_data_set_and_each_backbone(monkeypatch, ca
         ("--weights absent.pth", "absent.pth"),
         ("--nonsense", "--nonsense"),
         ("--show 3", "--show draws with --eval or --predict"),
-        ("--ablate --window 3", "--ablate itself varies"),
+        ("--ablate --method vpt", "leave out --method"),
         ("--eval absent.pt", "absent.pt"),
         ("--eval some.pt --lr 1", "the only settings are --data and --weights"),
         ("--eval some.pt --weights a b", "with one value each"),
-        ("--eval some.pt --list", "not allowed with argument"),
+        ("--eval some.pt --ablate", "not allowed with argument"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(command, capsys, flags, part):

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw, ImageFont, ImageOps
+from PIL import ImageDraw
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -263,8 +263,7 @@ def resume(out, meta, model, optimizer, scaler):
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty if the run was begun in another dtype than float16
         scaler.load_state_dict(state["scaler"])
-    done = len(state["history"])
-    print("all epochs are done" if done == meta["settings"]["epochs"] else f"resuming after epoch {done}")
+    print(f"resuming after epoch {len(state['history'])}")
     return state["history"]
 
 
@@ -318,53 +317,53 @@ def train(given, ablate, out, machine):
         raise vit.InputError(f"{out} is the folder of one run: --out is the folder that holds those of all runs")
     given = {name: [DEFAULTS[name]] for name in REPEATED} | given
     varied = [name for name in given if len(given[name]) > 1 and name not in REPEATED]
-    combinations = list_combinations(given, ablate)
-    total = sum(len(given["seed"]) + (len(choices) if len(choices) > 1 else 0) for choices in combinations.values())
     kind = "variant" if ablate else "method"
     rows, scores, codes = [], {}, []
 
-    def trial(settings, seeds, test=True):
+    def trial(name, variant, settings, seeds, test=True):
         """Runs these settings with each seed. Returns their row of the table."""
-        row, results = {setting: text(value) for setting, value in settings.items()}, []
+        results = []
         for seed in seeds:
-            if total > 1:
-                print(f"\nrun {len(codes) + 1} of {total}")
-            result, code = run(settings | {"seed": seed}, out, machine, test)
-            results.append(result)
-            codes.append(code)
-        if all(results):
+            settings = settings | {"seed": seed}
+            try:
+                results.append(run(settings, out, machine, test))
+            except Exception as error:  # the other runs go on
+                codes.append(report(error, f"{out / run_name(settings)} could not run: "))
+        row = {"data": text(name), kind: variant}
+        row |= {setting: text(settings[setting]) for setting in varied if setting in settings}
+        if len(results) == len(seeds):
             validated = [result["val_accuracy"] for result in results]
             row["val_accuracy"] = None if None in validated else statistics.mean(validated)
             row["trainable"] = results[0]["trainable"]
-            row["accuracies"] = [result["accuracy"] for result in results]
+            if test:
+                scores[name, variant] = [result["accuracy"] for result in results]
+                row |= mean_and_std(scores[name, variant])
+        rows.append(row)
         return row
 
-    for (name, variant), choices in combinations.items():
-        if len(choices) == 1:
-            tested = best = trial(choices[0], given["seed"])
-            found = [tested]
-        else:
+    for (name, variant), choices in list_combinations(given, ablate).items():
+        choice = choices[0]
+        if len(choices) > 1:
             # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000.
             search = {"search": data.find(name).vtab}
-            found = [trial(settings | search, given["seed"][:1], test=False) for settings in choices]
-            best, tested = max(found, key=lambda row: row.get("val_accuracy", -1)), {}
-            if "val_accuracy" in best:
-                chosen = [f"{setting} {best[setting]}" for setting in varied if setting in best]
-                at_the_end = "lr" in varied and best["lr"] == text(given["lr"][-1])
-                print("\nchosen:", ", ".join(chosen), "(the last rate tried: try beyond it)" if at_the_end else "")
-                tested = trial(choices[found.index(best)], given["seed"])
-        if "accuracies" in tested:
-            scores[name, variant] = tested["accuracies"]
-            best |= mean_and_std(tested["accuracies"])
-        rows += [row | {kind: variant} for row in found]
-    if total > 1:
+            found = [trial(name, variant, settings | search, given["seed"][:1], test=False) for settings in choices]
+            best = max(found, key=lambda row: row.get("val_accuracy", -1))
+            if "val_accuracy" not in best:
+                continue
+            choice = choices[found.index(best)]
+            at_the_end = "lr" in varied and choice["lr"] == given["lr"][-1]
+            chosen = ", ".join(f"{setting} {best[setting]}" for setting in varied if setting in best)
+            print(f"\nchosen: {chosen}", "(the last rate tried: try beyond it)" if at_the_end else "")
+        trial(name, variant, choice, given["seed"])
+
+    if len(rows) > 1 or len(given["seed"]) > 1:
         columns = ["data", kind, *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores, kind)]
         path = out / f"{file_name(given | ({'method': ['ablation']} if ablate else {}))}.csv"
         save(path, rows)
         print_table(rows)
         print(f"wrote {path}")
-    return min(filter(None, codes), default=0)
+    return min(codes, default=0)
 
 
 def list_combinations(given, ablate=False):
@@ -387,27 +386,22 @@ def list_combinations(given, ablate=False):
 
 
 def run(settings, out, machine, test=True):
-    """One run, in its own folder below `out`: (result, exit code). A finished run is kept, an interrupted one resumes.
-
-    A run that fails is reported and does not end the others: ({}, 2) for what the user can fix, ({}, 1) for a bug.
-    """
+    """One run, in its own folder below `out`: its result. A finished run is kept, an interrupted one resumes."""
     folder = out / run_name(settings)
-    try:
-        result = read_run(folder / "result.json", settings)
-        if result and (result["accuracy"] is not None or not test):
-            print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
-        else:
-            if settings["weights"] == os.path.abspath(PRETRAINED) and not PRETRAINED.with_name("result.json").exists():
-                print(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
-                fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
-                print()
-            result = fit(settings, folder, machine, test)
-    except Exception as error:
-        return {}, report(error, f"{folder} could not run: ")
+    print()
+    result = read_run(folder / "result.json", settings)
+    if result and (result["accuracy"] is not None or not test):
+        print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
+    else:
+        if settings["weights"] == os.path.abspath(PRETRAINED) and not PRETRAINED.with_name("result.json").exists():
+            print(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
+            fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
+            print()
+        result = fit(settings, folder, machine, test)
     tested = percent(result["accuracy"], result["prompt_accuracy"]) if test else "-"
     print(f"{folder}: test {tested}, validation {percent(result['val_accuracy'])} in epoch {result['best_epoch']}, "
           f"trained for {result['seconds']:.0f} s")  # fmt: skip
-    return result, 0
+    return result
 
 
 def group_rows(scores, kind):
@@ -415,8 +409,8 @@ def group_rows(scores, kind):
     rows, scores = [], dict(scores)
     for group, parts in data.GROUPS.items():
         for variant in dict.fromkeys(variant for _, variant in scores):
-            members = [scores[part, variant] for part in parts if (part, variant) in scores]
-            if len(members) == len(parts):
+            members = [scores.get((part, variant), []) for part in parts]
+            if all(members):
                 scores[group, variant] = list(map(statistics.mean, zip(*members)))
                 rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
     return rows
@@ -457,7 +451,7 @@ TILE, TITLE = 200, 24  # pixels
 
 @torch.inference_mode()
 def show(path, samples, model, meta, machine):
-    """--show: writes a grid with a row for each sample, and prints file, predicted and true class of each.
+    """--show: writes a grid with a row for each sample.
 
     The columns: the image; what the class token attends to, in the encoder alone and in the whole model; how much the
     prompts change each image token. Orange is brighter for more, up to the maximum of the column.
@@ -475,16 +469,12 @@ def show(path, samples, model, meta, machine):
     for values in columns.values():
         brightness = F.interpolate((values / values.amax())[:, None], (TILE, TILE))
         tiles.append(0.3 * tiles[0] + 0.7 * orange * brightness)
-
-    grid = to_pil_image(make_grid(torch.stack(tiles, dim=1).flatten(0, 1), len(tiles), pad_value=1))
-    page = ImageOps.expand(grid, (0, TITLE, 0, 0), "white")
+    grid = make_grid(torch.stack(tiles, dim=1).flatten(0, 1), len(tiles), pad_value=1)
+    page = to_pil_image(F.pad(grid, (0, 0, TITLE, 0), value=1))
     for i, title in enumerate(["image", *columns]):
-        ImageDraw.Draw(page).text((4 + i * (TILE + 2), 4), title, "black", ImageFont.load_default(15))
+        ImageDraw.Draw(page).text((4 + i * (TILE + 2), 4), title, "black", font_size=15)
     save(path, page)
-    print(f"wrote {path}, whose rows are")
-    for (image, label), guess in zip(samples, model(images)[0].argmax(dim=1).tolist()):
-        true = "" if label is None else f", true {meta['classes'][label]}"
-        print(f"  {image if isinstance(image, Path) else 'a test image'}: predicted {meta['classes'][guess]}{true}")
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------- files and what is printed
@@ -594,11 +584,6 @@ def window(value):
     return None if value == "none" else int(value)
 
 
-def user_path(value):
-    """A type for argparse: a path, in which ~ is the home folder."""
-    return Path(value).expanduser()
-
-
 def make_parser():
     """The command line. A setting that is not given is absent from its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -606,7 +591,7 @@ def make_parser():
     count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-12)
     add = parser.add_argument_group("settings, each with one value or several").add_argument
     add = partial(add, nargs="+", metavar="X", default=argparse.SUPPRESS)
-    add("--data", help=f"names from --list, groups ({', '.join(data.GROUPS)}) or folders; default shapes")
+    add("--data", help=f"a folder, {', '.join((*data.GROUPS, *data.TABLE))}; default shapes")
     add("--method", choices=sa2vp.METHODS, help=f"{', '.join(sa2vp.METHODS)}; default sa2vp")
     add("--weights", help=f"the backbone: a file, or {', '.join(vit.BACKBONES)}; default imagenet21k")
     add("--image-size", type=count, help="pixels, a multiple of the patch size; default 224")
@@ -632,14 +617,13 @@ def make_parser():
     add("--cpu", action="store_true", help="no GPU")
     add("--workers", type=natural, help="processes that load images; default one per CPU, at most 16")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--root", type=user_path, help="the folder of the data sets; default data")
-    add("--out", type=user_path, default="runs", help="the folder of all runs; default runs")
+    add("--root", type=Path, help="the folder of the data sets; default data")
+    add("--out", type=Path, default="runs", help="the folder of all runs; default runs")
 
     add = parser.add_argument_group("instead of training a method").add_mutually_exclusive_group().add_argument
     add("--ablate", action="store_true", help="train SA2VP and its ablations")
-    add("--list", action="store_true", help="print the data sets and backbones that are known by name")
-    add("--eval", type=user_path, help="print the test accuracy of a run, given by its folder or best.pt")
-    add("--predict", type=user_path, nargs="+", metavar="X", help="a run, then images or folders: print their classes")
+    add("--eval", type=Path, help="print the test accuracy of a run, given by its folder or best.pt")
+    add("--predict", type=Path, nargs="+", metavar="X", help="a run, then images or folders: print their classes")
     parser.add_argument("--show", type=count, metavar="X",
                         help="with --eval or --predict: draw what the model looks at, for X images")  # fmt: skip
     return parser
@@ -665,20 +649,15 @@ def choose_machine(args):
 
 
 def use_tuned(args, given, machine):
-    """--eval: prints the test accuracy. --predict: prints the five most likely classes of each image. And --show."""
+    """--eval: prints the test accuracy. --predict: prints the five likeliest classes of each image.
+
+    --show: draws some of the images, evenly spaced; of test images prints the five likeliest classes, too.
+    """
     path, *images = args.predict or [args.eval]
     model, meta = sa2vp.load(path, *given.get("weights", []))
     model.to(machine.device)
     if args.predict:
         samples = [(image, None) for image in data.find_images(images)]
-        transform = data.transform(**meta["input"])
-        for image, _ in samples:
-            pixels = transform(data.open_picture(image)).to(machine.device)
-            with torch.inference_mode(), autocast(machine):
-                probabilities = model(pixels[None])[0][0].softmax(dim=0)
-            print(image)
-            for label in probabilities.argsort(descending=True)[:5].tolist():
-                print(f"  {probabilities[label]:7.2%}  {meta['classes'][label]}")
     else:
         splits = data.load(data.find(*given.get("data", [meta["settings"]["data"]])), args.root or meta["root"])
         if list(splits.classes) != meta["classes"]:
@@ -686,8 +665,17 @@ def use_tuned(args, given, machine):
         samples = splits.test
         batches = data.make_loader(samples, meta["input"], meta["settings"]["batch_size"], machine.workers)
         print(f"test {percent(*evaluate(model, batches, machine))}")
-    if args.show:
-        shown = samples[:: max(1, len(samples) // args.show)][: args.show]  # evenly spaced
+    shown = samples[:: max(1, len(samples) // args.show)][: args.show] if args.show else []
+    transform = data.transform(**meta["input"])
+    for image, label in samples if args.predict else shown:
+        pixels = transform(data.open_picture(image)).to(machine.device)
+        with torch.inference_mode(), autocast(machine):
+            probabilities = model(pixels[None])[0][0].softmax(dim=0)
+        true = "" if label is None else f" (true class: {meta['classes'][label]})"
+        print(f"{image if isinstance(image, Path) else 'a test image'}{true}")
+        for guess in probabilities.argsort(descending=True)[:5].tolist():
+            print(f"  {probabilities[guess]:7.2%}  {meta['classes'][guess]}")
+    if shown:
         show((path if path.is_dir() else path.parent) / "show.png", shown, model, meta, machine)
 
 
@@ -703,16 +691,11 @@ def main(argv=None):
         parser.error("--predict takes a run, and then images or folders of them")
     if args.show and not tuned:
         parser.error("--show draws with --eval or --predict")
-    if args.ablate and given.keys() & set().union(*ABLATIONS.values()):
-        parser.error("--ablate itself varies method, window, prompt-grid, distill-layers and fusion-layers")
+    if args.ablate and "method" in given:
+        parser.error("--ablate is for sa2vp: leave out --method")
     code = 0
     try:
-        if args.list:
-            for row in data.ROWS:
-                print(f"{row.name:26}{row.classes:4} classes  {row.source}")
-            for name, (url, *_) in vit.BACKBONES.items():
-                print(f"{name:26}backbone  {url}")
-        elif tuned:
+        if tuned:
             use_tuned(args, given, choose_machine(args))
         else:
             code = train(given, args.ablate, args.out, choose_machine(args))
