@@ -181,7 +181,7 @@ def class_folders(folder):
     return splits._replace(notes=notes)
 
 
-def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
+def fgvc(folder, images, splits, row, root, search, **checksum):
     """One of FGVC's five sets: the folders of its `images`, and train.json, val.json and test.json as VPT has them.
 
     Those hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
@@ -206,7 +206,7 @@ def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
         [(places.get(image.parts[-2:], folder / image), ids.index(class_id)) for image, class_id in part]
         for part in listed
     ]
-    return Splits(*samples, [names[class_id] for class_id in ids], f"{whose} train.json, val.json and test.json")
+    return Splits(*samples, [names[class_id] for class_id in ids], "train.json, val.json and test.json")
 
 
 def vtab(row, root, search):
@@ -469,69 +469,53 @@ FGVC_MD5 = {  # of train.json, val.json and test.json
 }
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 VTAB_1K = "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
-SOURCES = {  # name: (classes, loader, where to download it)
-    "cub": (200, partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
+FGVC = [
+    DataSet("cub", 200, partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
             "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"),
-    "nabirds": (555, partial(fgvc, "nabirds", ["images"], "nabirds"), "https://dl.allaboutbirds.org/nabirds"),
-    "flowers": (102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
-                "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz"),
-    "dogs": (120, partial(fgvc, "dogs", ["Images"], "stanforddogs",
-                          sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
-             "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"),
-    "cars": (196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars",
-                          whose="github.com/savadikarc/gift's"),
-             "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset"),
-    "cifar10": (10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py", splits=(True, False)), CIFAR),
-    "cifar100": (100, partial(in_torchvision, "CIFAR100", "cifar-100-python", splits=(True, False)), CIFAR),
-    "dtd": (47, partial(in_torchvision, "DTD", "dtd", splits=PARTS, loader=Path),
+    DataSet("nabirds", 555, partial(fgvc, "nabirds", ["images"], "nabirds"),
+            "https://dl.allaboutbirds.org/nabirds", {"inner_dim": 32}),
+    DataSet("flowers", 102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
+            "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", {"inner_dim": 8}),
+    DataSet("dogs", 120, partial(fgvc, "dogs", ["Images"], "stanforddogs",
+                                 sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
+            "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", {"inner_dim": 32}),
+    DataSet("cars", 196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars"),
+            "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset",
+            {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)}),
+]  # fmt: skip
+TORCHVISION = [
+    DataSet("cifar10", 10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py", splits=(True, False)), CIFAR),
+    DataSet("cifar100", 100, partial(in_torchvision, "CIFAR100", "cifar-100-python", splits=(True, False)), CIFAR),
+    DataSet("dtd", 47, partial(in_torchvision, "DTD", "dtd", splits=PARTS, loader=Path),
             "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
-    "food101": (101, partial(in_torchvision, "Food101", "food-101", loader=Path),
-                "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
-    "gtsrb": (43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
-    "svhn": (10, partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
+    DataSet("food101", 101, partial(in_torchvision, "Food101", "food-101", loader=Path),
+            "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    DataSet("gtsrb", 43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
+    DataSet("svhn", 10, partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
+]  # fmt: skip
+VTAB = {  # group: (the usual settings, the classes of each task)
+    "vtab/natural": ({"inner_dim": 8, "scale": 0.1, "batch_size": 64}, {
+        "vtab/caltech101": 102, "vtab/cifar": 100, "vtab/dtd": 47, "vtab/oxford_flowers102": 102,
+        "vtab/oxford_iiit_pet": 37, "vtab/svhn": 10, "vtab/sun397": 397}),
+    "vtab/specialized": ({"inner_dim": 16, "scale": 1.5, "batch_size": 40}, {
+        "vtab/patch_camelyon": 2, "vtab/eurosat": 10, "vtab/resisc45": 45, "vtab/diabetic_retinopathy": 5}),
+    "vtab/structured": ({"inner_dim": 32, "scale": 1.5, "batch_size": 40}, {
+        "vtab/clevr_count": 8, "vtab/clevr_dist": 6, "vtab/dmlab": 6, "vtab/kitti": 4, "vtab/dsprites_loc": 16,
+        "vtab/dsprites_ori": 16, "vtab/smallnorb_azi": 18, "vtab/smallnorb_ele": 9}),
 }  # fmt: skip
-FGVC = {  # name: settings, where they differ from r = 16 and s = 0.1
-    "cub": {},
-    "nabirds": {"inner_dim": 32},
-    "flowers": {"inner_dim": 8},
-    "dogs": {"inner_dim": 32},
-    "cars": {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)},
+UNUSUAL = {  # settings of a task that are not its group's
+    "vtab/svhn": {"inner_dim": 16, "scale": 0.5},
+    "vtab/resisc45": {"scale": 0.5},
+    "vtab/dsprites_ori": {"inner_dim": 16, "scale": 0.1},
+    "vtab/smallnorb_ele": {"scale": 0.5},
 }
-GENTLE = {"sa2vp": 5e-4}
-VTAB = {  # group: rows of name, classes, r, s and, where it differs, the learning rate
-    "vtab/natural": [
-        ("vtab/caltech101", 102, 8, 0.1),
-        ("vtab/cifar", 100, 8, 0.1),
-        ("vtab/dtd", 47, 8, 0.1),
-        ("vtab/oxford_flowers102", 102, 8, 0.1),
-        ("vtab/oxford_iiit_pet", 37, 8, 0.1, GENTLE),
-        ("vtab/svhn", 10, 16, 0.5),
-        ("vtab/sun397", 397, 8, 0.1),
-    ],
-    "vtab/specialized": [
-        ("vtab/patch_camelyon", 2, 16, 1.5),
-        ("vtab/eurosat", 10, 16, 1.5),
-        ("vtab/resisc45", 45, 16, 0.5),
-        ("vtab/diabetic_retinopathy", 5, 16, 1.5),
-    ],
-    "vtab/structured": [
-        ("vtab/clevr_count", 8, 32, 1.5, GENTLE),
-        ("vtab/clevr_dist", 6, 32, 1.5),
-        ("vtab/dmlab", 6, 32, 1.5),
-        ("vtab/kitti", 4, 32, 1.5),
-        ("vtab/dsprites_loc", 16, 32, 1.5),
-        ("vtab/dsprites_ori", 16, 16, 0.1),
-        ("vtab/smallnorb_azi", 18, 32, 1.5),
-        ("vtab/smallnorb_ele", 9, 32, 0.5),
-    ],
-}
+GENTLE = {name: {"sa2vp": 5e-4} for name in ("vtab/oxford_iiit_pet", "vtab/clevr_count")}  # learning rates
 DRAWN = "drawn by the program"
 ROWS = [
-    *(DataSet(name, *SOURCES[name], settings, crop=True) for name, settings in FGVC.items()),
-    *(DataSet(name, classes, vtab, VTAB_1K,
-              {"inner_dim": r, "scale": s, "batch_size": 64 if group == "vtab/natural" else 40}, *lr, vtab=True)
-      for group, rows in VTAB.items() for name, classes, r, s, *lr in rows),
-    *(DataSet(f"hta/{name}", *source, {"inner_dim": 64}) for name, source in SOURCES.items() if name != "cars"),
+    *(row._replace(crop=True) for row in FGVC),
+    *(DataSet(name, classes, vtab, VTAB_1K, usual | UNUSUAL.get(name, {}), GENTLE.get(name, {}), vtab=True)
+      for usual, tasks in VTAB.values() for name, classes in tasks.items()),
+    *(row._replace(name=f"hta/{row.name}", settings={"inner_dim": 64}) for row in FGVC[:-1] + TORCHVISION),
     DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), DRAWN,
             {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
              "image_size": SIDE},
@@ -541,8 +525,8 @@ ROWS = [
 ]  # fmt: skip
 TABLE = {row.name: row for row in ROWS}
 GROUPS = {  # in the paper's order; VTAB's mean is that of its three parts
-    "fgvc": [*FGVC],
-    **{group: [name for name, *_ in rows] for group, rows in VTAB.items()},
+    "fgvc": [row.name for row in FGVC],
+    **{group: [*tasks] for group, (_, tasks) in VTAB.items()},
     "vtab": [*VTAB],
     "hta": [name for name in TABLE if name.startswith("hta/")],
 }

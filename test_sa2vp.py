@@ -1118,13 +1118,12 @@ def test_every_layout_is_read(tmp_path, monkeypatch, layout):
         monkeypatch.setitem(sys.modules, "scipy", scipy)
         monkeypatch.setitem(sys.modules, "scipy.io", scipy)
     name, *_ = layout.split(", ")
-    *parts, classes, origin, _ = splits = data.load(data.find(name), tmp_path)
+    *parts, classes, _, _ = splits = data.load(data.find(name), tmp_path)
     counts = [np.bincount([label for _, label in part], minlength=2).tolist() for part in parts]
     assert counts == ([[10, 10], [0, 0], [4, 4]] if name.startswith("vtab") else [[8, 8], [2, 2], [4, 4]])
     for picture, label in sum(parts, []):
         assert data.open_picture(picture).mode == "RGB"
         assert isinstance(picture, np.ndarray) or label == int(picture.stem[-1])
-    assert ("VPT" in origin) == (name in ("cub", "nabirds", "flowers", "dogs"))
     if name in data.GROUPS["fgvc"]:
         assert classes == (["class 295", "class 1010"] if name in ("flowers", "cars") else ["0", "1"])
         assert name == "cars" or data.load(data.find(f"hta/{name}"), tmp_path) == splits
@@ -1183,7 +1182,7 @@ def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accura
     lists[1].write_bytes(content)
 
     out = run("--data", "cub", "--root", "root")
-    assert "16 training, 4 validation, 8 test images of 2 classes (VPT's" in capsys.readouterr().out
+    assert "16 training, 4 validation, 8 test images of 2 classes (train.json" in capsys.readouterr().out
     assert sorted(os.listdir("root/CUB_200_2011")) == ["images", "test.json", "train.json", "val.json"]
     shutil.rmtree(server.folder)
     train.main(["--eval", str(out / "best.pt"), "--cpu"])  # a run remembers where its data is
