@@ -363,11 +363,8 @@ def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded; DataError names a file that is damaged or none."""
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
     with reading(f"the image {path}"), open(path, "rb") as file, Image.open(file) as image:
-        tags = getattr(image, "tag_v2", {})  # a TIFF's bits and, 1, whether 0 is black
-        known = image.mode.startswith("I;16") and (tags.get(258), tags.get(262)) == ((16,), 1)
-        known = known or image.format in ("PNG", "PPM", "JPEG2000")
-        if image.mode == "F" or image.mode.startswith("I") and not known:
-            raise ValueError(f"pixels of mode {image.mode} have no agreed scale, save them with 8 or 16 bits")
+        if image.mode == "F" or image.mode.startswith("I") and image.format not in ("PNG", "PPM", "JPEG2000"):
+            raise ValueError(f"pixels of mode {image.mode} have no agreed scale, save them with 8 bits or as PNG")
         yield image
 
 
@@ -375,30 +372,26 @@ def open_picture(image):
     """A path or an (H, W, 3) uint8 array -> an upright RGB PIL image, on white; DataError names a damaged file."""
     if not isinstance(image, Path):
         return Image.fromarray(image)
-    with opened(image) as file:
-        file.load()
-        image = file
-        if file.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            deep = np.asarray(file)
-            image = np.where(deep == file.info.get("transparency"), 255, deep // 257)
-            image = Image.fromarray(image.astype(np.uint8))
-        elif file.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
-        image = image.convert("RGB")
+    with opened(image) as picture:
+        picture.load()
         with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
-            image.info = {}
-            image.getexif()[0x0112] = file.getexif()[0x0112]  # the orientation
-            image = ImageOps.exif_transpose(image)
-        return image
+            ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            deep = np.asarray(picture)
+            deep = np.where(deep == picture.info.get("transparency"), 255, deep // 257)
+            picture = Image.fromarray(deep.astype(np.uint8))
+        elif picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        return picture.convert("RGB")
 
 
 def find_images(paths):
-    """The files among the paths, and for each folder all images below it, by name; DataError for none."""
+    """The files among the paths, and for each folder all images below it, sorted; DataError for none."""
     found = []
     for path in paths:
-        inside = images_below(path)[0] if os.path.isdir(path) else [path] if os.path.isfile(path) else []
+        inside = images_below(path)[0] if os.path.isdir(path) else [path]
         if not inside:
-            raise DataError(f"there is no image {path}, and none below it")
+            raise DataError(f"there is no image below {path}")
         found += inside
     return found
 

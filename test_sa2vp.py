@@ -1435,15 +1435,12 @@ def test_every_kind_of_image_becomes_rgb_of_the_same_brightness_and_white_where_
 def test_16_bits_are_divided_by_257_and_what_has_no_agreed_scale_is_refused(tmp_path):
     deep = np.array([[0, 257, 201 * 257 - 1, 65535]], np.uint16)  # the third divided by 256 is 201
     (tmp_path / "deep.pgm").write_bytes(b"P5 4 1 65535\n" + deep.astype(">u2").tobytes())
-    files = [np.asarray(data.open_picture(tmp_path / "deep.pgm")), saved(tmp_path / "deep.tiff", deep)]
-    for pixels in (*files, saved(tmp_path / "deep.png", deep)):
+    for pixels in (np.asarray(data.open_picture(tmp_path / "deep.pgm")), saved(tmp_path / "deep.png", deep)):
         assert pixels[0].tolist() == [[0] * 3, [1] * 3, [200] * 3, [255] * 3]
     assert saved(tmp_path / "hole.png", deep, transparency=257)[0, :, 0].tolist() == [0, 255, 200, 255]
-    white_is_0, signed = {262: 0}, {339: 2}  # TIFF's tags
-    odd = (deep.astype(np.int32), {}), (deep.astype(np.float32), {}), (deep, white_is_0), (deep, signed)
-    for pixels, tags in odd:
+    for pixels in (deep, deep.astype(np.int32), deep.astype(np.float32)):
         with pytest.raises(data.DataError, match="deep.tiff: pixels of mode (I|F|I;16) have no agreed scale"):
-            saved(tmp_path / "deep.tiff", pixels, tiffinfo=tags)
+            saved(tmp_path / "deep.tiff", pixels)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
@@ -1709,7 +1706,7 @@ def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_
     assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png, whose rows are", *rows]
     for given, says in (
         (["empty"], "no image"),
-        (["absent.jpg"], "no image"),
+        (["absent.jpg"], "absent.jpg"),
         ([], "takes a run, and then images"),
         ([bee, "damaged.jpg"], "damaged.jpg"),
     ):
