@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
 
@@ -397,16 +397,10 @@ def find_images(paths):
 
 
 class Images(Dataset):
-    """Samples as the model takes them: item (index, seed) is an image (3, height, width) and its label.
-
-    The seed is that of the image's random crop and flip.
-    """
+    """Item (index, seed) is an image, (3, height, width), with the crop and flip that the seed draws, and its label."""
 
     def __init__(self, samples, transform):
         self.samples, self.transform = samples, transform
-
-    def __len__(self):
-        return len(self.samples)
 
     def __getitem__(self, key):
         index, seed = key
@@ -417,7 +411,7 @@ class Images(Dataset):
             return self.transform(open_picture(image)), label
 
 
-class Shuffled(Sampler):
+class Shuffled:
     """Keys of `Images`, in a new order with new seeds in every epoch; both depend on `seed` and `epoch` alone."""
 
     def __init__(self, count, seed):
@@ -439,9 +433,7 @@ def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
     """
     training, workers = shuffle_seed is not None, workers if samples else 0
     if training and len(samples) < batch_size:
-        raise DataError(
-            f"{len(samples)} training images are fewer than one batch of {batch_size}: use a smaller --batch-size"
-        )
+        raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: lower --batch-size")
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
     return DataLoader(
         Images(samples, transform(**input, training=training)), batch_size, sampler=sampler, drop_last=training,

@@ -980,7 +980,7 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one_whate
 
 def test_workers_are_started_once_for_a_run_also_where_they_import_everything_anew(run, monkeypatch):
     started, make = [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-    iterator = lambda loader: started.append(len(loader.dataset)) or make(loader)  # noqa: E731
+    iterator = lambda loader: started.append(len(loader.dataset.samples)) or make(loader)  # noqa: E731
     monkeypatch.setattr(torch.utils.data.dataloader, "_MultiProcessingDataLoaderIter", iterator)
     flags = ["--dropout", 0.2, "--epochs", 3]
     alone = outcome(run(*flags, out="alone"))
