@@ -319,25 +319,21 @@ def what_and_which_colour(rng, label):
 
 
 def where_is_blue(rng, label):
-    """An image of the target task: the class is the direction in which the blue thing lies as seen from the red one.
-
-    Either can be anywhere and of any shape; directions near the border of two classes are left out.
-    """
+    """An image of the target task: the class is the direction from the red thing to the blue one, of any two shapes."""
     while True:
         red, blue = rng.uniform(7, SIDE - 7, (2, 2))  # (x, y) each
         dx, dy = blue - red
         off = math.remainder(math.degrees(math.atan2(dy, dx)) - 45 * label, 360)
-        if math.hypot(dx, dy) > 18 and abs(off) < 17.5:
-            break
-    return draw(rng, zip(rng.choice([*SHAPES], 2), ("red", "blue"), (red, blue), rng.uniform(5, 8, 2)))
+        if math.hypot(dx, dy) > 18 and abs(off) < 17.5:  # not near the border of two classes
+            return draw(rng, zip(rng.choice([*SHAPES], 2), ("red", "blue"), (red, blue), rng.uniform(5, 8, 2)))
 
 
 def drawn(draw_one, classes, row, root, search, counts):
     """The images of a drawn task, balanced, and always the same ones."""
     splits = []
     for i, count in enumerate(counts):
-        rng, labels = np.random.default_rng(i), [j % len(classes) for j in range(count)]
-        splits.append([(draw_one(rng, label), label) for label in labels])
+        rng = np.random.default_rng(i)
+        splits.append([(draw_one(rng, j % len(classes)), j % len(classes)) for j in range(count)])
     return Splits(*splits, classes, "drawn by the program")
 
 
