@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ class Splits(NamedTuple):
     val: list
     test: list
     classes: list  # names; a label is an index into it
-    origin: str  # who made the split, and what was left out, in words
+    origin: str  # who made the split, in words
     notes: list = []  # sentences to print before the training
 
     def describe(self):
@@ -67,32 +66,24 @@ def find(name):
 def members(names):
     """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
     for name in names:
-        if name in {**TABLE, **GROUPS} and [*Path(name).glob("train"), *Path(name).glob("*/*.*")]:
+        is_folder = os.path.isdir(f"{name}/train") or any(Path(name).glob("*/*.*"))
+        if is_folder and (name in TABLE or name in GROUPS):
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
     return [member for name in names for part in GROUPS.get(name, [name]) for member in GROUPS.get(part, [part])]
 
 
 def load(row, root, search=False):
-    """Reads a row's `Splits` below `root`, downloading what can be. With `search`, VTAB-1k is just train800 and val200.
-
-    Raises DataError for data, lists and images that are missing or damaged.
-    """
-    splits = row.load(row, Path(os.path.expanduser(root)), search)
-    for part, samples in zip(PARTS, splits):
-        if not samples and not row.vtab:
-            raise DataError(f"{row.name} has no images for {part}: add some")
-    for image, _ in sum(splits[:3], []):
-        if isinstance(image, Path) and not os.path.isfile(image):
-            raise DataError(f"{row.name} lists the image {image}, which is not there: get it from {row.source}")
-    return splits
+    """Reads a row's `Splits` below `root`, downloading what can be. In a search VTAB-1k is just train800 and val200."""
+    return row.load(row, Path(root).expanduser(), search)
 
 
 def digest(splits):
     """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
     sha = hashlib.sha256(repr((splits.classes, *map(len, splits[:3]))).encode())
-    for image, label in sum(splits[:3], []):
-        known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
-        sha.update(f"{label} {known}".encode())
+    with reading("an image that is listed"):
+        for image, label in sum(splits[:3], []):
+            known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
+            sha.update(f"{label} {known}".encode())
     return sha.hexdigest()
 
 
@@ -102,7 +93,7 @@ def reading(what):
     try:
         yield
     except Exception as error:
-        raise DataError(f"cannot read {what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise DataError(f"cannot read {what}: {str(error) or type(error).__name__}") from error
 
 
 # ---------------------------------------------------------------------- layouts on disk
@@ -112,25 +103,20 @@ SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val",
 
 
 def images_below(folder):
-    """{image: names of the folders above it, from `folder` down}, and a Counter of the files left out, by extension.
-
-    What editors, network drives and macOS leave behind is counted as hidden.
-    """
+    """{image: the parts of its path below the folder}, sorted, and the number of all files; no image is hidden."""
 
     def stop(error):
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    images, left_out = {}, Counter()
-    for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
-        above = Path(place).relative_to(folder).parts
-        for path in [Path(place, name) for name in names]:
-            if any(part.startswith((".", "@", "__MACOSX")) for part in (*above, path.name)):
-                left_out["hidden"] += 1
-            elif path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
-                images[path] = above
-            else:
-                left_out[path.suffix or "without extension"] += 1
-    return dict(sorted(images.items())), left_out
+    walk = os.walk(folder, onerror=stop, followlinks=True)
+    files = sorted(Path(place, name) for place, _, names in walk for name in names)
+    images = {}
+    for path in files:
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith((".", "@", "__MACOSX")) for part in parts)  # by network drives and macOS, too
+        if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and not hidden:
+            images[path] = parts
+    return images, len(files)
 
 
 @cache  # so that all runs of a command have the same settings
@@ -146,39 +132,35 @@ def folder_row(folder):
 def class_folders(folder):
     """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train.
 
-    Without test images a fifth of each class is held out, and without validation images a tenth of the rest. DataError
-    names a file that is no image.
+    Without test images a fifth of each class is held out, without validation images a tenth of what is then train.
     """
-    images, left_out = images_below(folder)
-    own = any(len(above) > 1 and above[0] in SPLIT_OF for above in images.values())
+    images, files = images_below(folder)
+    own = any(len(parts) > 2 and parts[0] in SPLIT_OF for parts in images.values())
     found = []
-    for image, above in images.items():
-        split, name, *_ = (*above, "", "") if own else ("train", *above, "")
-        if name and split in SPLIT_OF:
+    for image, parts in images.items():
+        split, *inside = parts if own else ("train", *parts)
+        if split in SPLIT_OF and len(inside) > 1:  # the folder of a class, and what is in it
             with opened(image):
-                found.append((image, SPLIT_OF[split], name))
-        else:
-            left_out["outside the class folders"] += 1
+                found.append((image, SPLIT_OF[split], inside[0]))
     classes = sorted({name for _, split, name in found if split == "train"})
     unknown = sorted({name for *_, name in found} - {*classes})
     if unknown or len(classes) < 2:
-        raise DataError(
-            f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: it "
-            f"has training images of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
-        )
-    samples = [[(image, classes.index(name)) for image, split, name in found if split == part] for part in PARTS]
-    origin = "its own folders" if own else "folders of classes"
-    if left_out:
-        origin += f" without {', '.join(f'{count} {kind}' for kind, count in left_out.items())}"
-    splits = hold_out(hold_out(Splits(*samples, classes, origin), "test", 0.2), "val", 0.1)
-    trained, _, tested = (Counter(classes[label] for _, label in part) for part in splits[:3])
-    few = [name for name in classes if trained[name] < 5]
-    notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in few]
-    notes += [f"{name} has no test images" for name in classes if not tested[name]]
-    for kind, count in {"validation": len(splits.val), "test": len(splits.test)}.items():
-        if 0 < count < 30:
-            notes.append(f"{count} {kind} images are few, one is {100 / count:.0f} points: add some")
-    return splits._replace(notes=notes)
+        has = f"of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
+        raise DataError(f"{folder} needs training images in two or more <class>/ or train/<class>/: it has some {has}")
+    train, val, test = ([(image, classes.index(name)) for image, of, name in found if of == part] for part in PARTS)
+    if not test:
+        train, test = hold_out(train, 0.2)
+    if not val:
+        train, val = hold_out(train, 0.1)
+    if not test or not val:
+        raise DataError(f"{folder} has too few images to hold out any for val or test: add some")
+    counts = Counter(classes[label] for _, label in train)
+    notes = [f"{count} training images of {name} are few: add some" for name, count in counts.items() if count < 5]
+    notes += [f"{len(part)} images are few to measure an accuracy: add some" for part in (val, test) if len(part) < 30]
+    if files > len(found):
+        notes.append(f"{files - len(found)} files are left out: they are hidden, no images or in no class's folder")
+    origin = "folders of classes; where they lack test or val, a fifth and a tenth are held out"
+    return Splits(train, val, test, classes, origin, notes)
 
 
 def fgvc(folder, images, splits, row, root, search, **checksum):
@@ -233,8 +215,6 @@ def vtab(row, root, search):
 
 def in_torchvision(kind, on_disk, row, root, search, splits=("train", "test"), **options):
     """torchvision's data set `kind`, which makes `on_disk` below root, has these splits and takes these options."""
-    if kind == "SVHN" and not find_spec("scipy"):
-        raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy")
     read = getattr(datasets, kind)
     fetch(root / on_disk, row.source, lambda folder: [read(folder, split, download=True) for split in splits])
     with reading(f"{row.name} below {root}, which comes from {row.source}"):
@@ -242,21 +222,20 @@ def in_torchvision(kind, on_disk, row, root, search, splits=("train", "test"), *
         samples = [[(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in part] for part in parts]
     classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
     train, *val, test = samples
-    return hold_out(Splits(train, sum(val, []), test, classes, "official split"), "val", 0.2)
+    if not val:
+        train, *val = hold_out(train, 0.2)
+    return Splits(train, *val, test, classes, "official split; where it lacks val, a fifth of train is held out")
 
 
-def hold_out(splits, part, share):
-    """An empty `part`, val or test, becomes `share` of each class of train: at least one image, never its only one."""
-    if getattr(splits, part):
-        return splits
-    labels, rng, held = np.array([label for _, label in splits.train]), np.random.default_rng(0), set()
+def hold_out(samples, share):
+    """Samples kept and samples held out: `share` of each class, at least one image but never its only one."""
+    labels, rng = np.array([label for _, label in samples]), np.random.default_rng(0)
+    held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
-        held.update(own[: min(max(1, round(share * len(own))), len(own) - 1)])
-    kept, out = ([sample for i, sample in enumerate(splits.train) if (i in held) == side] for side in (False, True))
-    of = "the rest" if "kept for" in splits.origin else "each class"
-    origin = f"{splits.origin}, {share:.0%} of {of} kept for {'testing' if part == 'test' else 'validation'}"
-    return splits._replace(**{"train": kept, part: out}, origin=origin)
+        if len(own) > 1:
+            held[own[: max(1, round(share * len(own)))]] = True
+    return [[samples[i] for i in np.flatnonzero(side)] for side in (~held, held)]
 
 
 def fetch(path, source, download=None, inside="*", **checksum):
