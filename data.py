@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -163,49 +162,40 @@ def class_folders(folder):
     return Splits(train, val, test, classes, origin, notes)
 
 
-def fgvc(folder, images, splits, row, root, search, **checksum):
+def fgvc(folder, images, lists, md5s, row, root, search, **checksum):
     """One of FGVC's five sets: the folders of its `images`, and train.json, val.json and test.json as VPT has them.
 
-    Those hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
+    Those, of these `md5s`, hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
-    folder, places = root / folder, {}
+    folder, paths = root / folder, {}
     for name in images:
-        fetch(folder / name, row.source, inside=f"**/{name}", **checksum)
+        fetch(folder / name, row.source, partial(unpack, row.source, **checksum), f"**/{name}")
         # By the last two parts, as cars are packed with cars_train/ and cars_test/ once or twice.
-        places |= {path.parts[-2:]: path for path in images_below(folder / name)[0]}
-    listed = []
-    for split, md5 in zip(PARTS, FGVC_MD5[splits].split()):
-        path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{splits}/{split}.json"
+        paths |= {path.parts[-2:]: path for path in images_below(folder / name)[0]}
+    found = []
+    for split, md5 in zip(PARTS, md5s.split()):
+        path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{lists}/{split}.json"
         fetch(path, url, partial(datasets.utils.download_url, url, md5=md5))
         with reading(f"the list {path}, which comes from {url}"):
             pairs = json.loads(path.read_bytes()).items()
-            listed.append([(Path(image), int(class_id)) for image, class_id in pairs])
-    names = {class_id: image.parent.name for part in listed for image, class_id in part}
+            found.append([(paths.get(Path(name).parts[-2:], folder / name), int(class_id)) for name, class_id in pairs])
+    names = {class_id: image.parent.name for image, class_id in sum(found, [])}
     if len({*names.values()}) < len(names):  # flowers and cars have no folder for each class
         names = {class_id: f"class {class_id}" for class_id in names}
     ids = sorted(names)
-    samples = [
-        [(places.get(image.parts[-2:], folder / image), ids.index(class_id)) for image, class_id in part]
-        for part in listed
-    ]
+    samples = [[(image, ids.index(class_id)) for image, class_id in part] for part in found]
     return Splits(*samples, [names[class_id] for class_id in ids], "train.json, val.json and test.json")
 
 
 def vtab(row, root, search):
     """VTAB-1k as its users packed it: lists of "path label", with 800 + 200 images to train on."""
-    fetch(root / "vtab-1k", row.source, inside="vtab-1k")
-    folder = root / row.name.replace("vtab", "vtab-1k")
+    fetch(root / "vtab-1k", row.source, partial(unpack, row.source), "vtab-1k")
 
     def listed(name):
-        path, samples = folder / f"{name}.txt", []
-        with reading(f"{path}, which comes from {row.source}"):
-            lines = path.read_text("utf-8-sig").splitlines()
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                with reading(f"line {number} of {path}, {line!r}, as a path and a label below {row.classes}"):
-                    image, label = line.rsplit(maxsplit=1)
-                    samples.append((folder / image, range(row.classes).index(int(label))))
-        return samples
+        path = root / row.name.replace("vtab", "vtab-1k") / f"{name}.txt"
+        with reading(f"{path}, which comes from {row.source} and has lines of a path and a label below {row.classes}"):
+            lines = [line.rsplit(maxsplit=1) for line in path.read_text("utf-8-sig").splitlines()]
+            return [(path.parent / image, range(row.classes).index(int(label))) for image, label in lines]
 
     classes = [f"class {label}" for label in range(row.classes)]
     if search:
@@ -238,33 +228,31 @@ def hold_out(samples, share):
     return [[samples[i] for i in np.flatnonzero(side)] for side in (~held, held)]
 
 
-def fetch(path, source, download=None, inside="*", **checksum):
-    """If `path` is missing, downloads into a temporary folder and moves the files into place once complete, it last.
+def fetch(path, source, download, inside="*"):
+    """If `path` is missing, `download(folder)` writes to a temporary folder, of which `inside` is then moved to `path`.
 
-    `download(folder)` does so, by default `unpack` of `source`. What matches `inside` there is moved. Where another
-    process was faster, its files are used. DataError says where to get `path` and where to put it.
+    Files move when all are there, in the order of their names. Where another process was faster, its files are used.
+    DataError says where to get `path` and where to put it.
     """
     if os.path.exists(path):
         return
-    download, failure = download or partial(unpack, source, **checksum), "is not in the archive"
+    why = "it is not in the archive"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
             download(folder)
-            for made in sorted(Path(folder).glob(inside), key=lambda made: made.name == path.name):
+            for made in sorted(Path(folder).glob(inside)):
                 made.replace(path.parent / made.name)
     except Exception as error:  # the network's, the archive's, the checksum's, the disk's
-        failure = f"cannot be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
+        why = error
     if not os.path.exists(path):
-        raise DataError(f"{path} is not there, and {failure}: get it from {source} and put it there")
+        raise DataError(f"{path} is missing and cannot be downloaded ({why}): get it from {source} and put it there")
 
 
 def unpack(source, folder, **checksum):
     """Downloads an archive into a folder and unpacks it there, nothing outside of it; checks its md5 or sha256."""
     if not source.endswith((".tgz", ".tar", ".zip")):
         raise DataError("it has no direct link")
-    if not hasattr(tarfile, "data_filter"):
-        raise DataError("unpacking safely takes Python 3.10.12, 3.11.4, 3.12 or later")
     datasets.utils.download_url(source, folder)
     archive = Path(folder, Path(source).name)
     for algorithm, digits in checksum.items():
@@ -420,28 +408,26 @@ def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
 # ---------------------------------------------------------------------- the table
 
 FGVC_SPLITS = "https://raw.githubusercontent.com/savadikarc/gift/f0cb80cb4db413ecd108dd7e74fef27105eb6b97/data"
-FGVC_MD5 = {  # of train.json, val.json and test.json
-    "cub": "8aedcb810c68c7410607a6801bc131d8 ccbb8956711c47a59caff813075c9fe6 5f3c7af28e087ba27079ddc6a4e7846e",
-    "nabirds": "3835cf47e4617721556316d3b9f79db8 5f6e32ed373af37be26f5c7d5f9632d9 77f59e1fc2becded3c11b8a4bde70018",
-    "oxfordflowers": "9e998dfd1e7131c799b7fcd38d559a96 0f08ac53a5739f0026763bd0aac3e054 ada4f0666adcfa3260f719a84a64b928",
-    "stanforddogs": "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
-    "stanfordcars": "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7",
-}
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
-VTAB_1K = "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
 FGVC = [
-    DataSet("cub", 200, partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
-            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"),
-    DataSet("nabirds", 555, partial(fgvc, "nabirds", ["images"], "nabirds"),
-            "https://dl.allaboutbirds.org/nabirds", {"inner_dim": 32}),
-    DataSet("flowers", 102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
-            "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", {"inner_dim": 8}),
+    DataSet("cub", 200, partial(fgvc, "CUB_200_2011", ["images"], "cub",
+        "8aedcb810c68c7410607a6801bc131d8 ccbb8956711c47a59caff813075c9fe6 5f3c7af28e087ba27079ddc6a4e7846e",
+        md5="97eceeb196236b17998738112f37df78"), "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"),
+    DataSet("nabirds", 555, partial(fgvc, "nabirds", ["images"], "nabirds",
+        "3835cf47e4617721556316d3b9f79db8 5f6e32ed373af37be26f5c7d5f9632d9 77f59e1fc2becded3c11b8a4bde70018"),
+        "https://dl.allaboutbirds.org/nabirds", {"inner_dim": 32}),
+    DataSet("flowers", 102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers",
+        "9e998dfd1e7131c799b7fcd38d559a96 0f08ac53a5739f0026763bd0aac3e054 ada4f0666adcfa3260f719a84a64b928",
+        md5="52808999861908f626f3c1f4e79d11fa"),
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", {"inner_dim": 8}),
     DataSet("dogs", 120, partial(fgvc, "dogs", ["Images"], "stanforddogs",
-                                 sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
-            "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", {"inner_dim": 32}),
-    DataSet("cars", 196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars"),
-            "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset",
-            {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)}),
+        "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
+        sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
+        "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", {"inner_dim": 32}),
+    DataSet("cars", 196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars",
+        "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7"),
+        "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset",
+        {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)}),
 ]  # fmt: skip
 TORCHVISION = [
     DataSet("cifar10", 10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py", splits=(True, False)), CIFAR),
@@ -451,30 +437,32 @@ TORCHVISION = [
     DataSet("food101", 101, partial(in_torchvision, "Food101", "food-101", loader=Path),
             "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
     DataSet("gtsrb", 43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
-    DataSet("svhn", 10, partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
+    DataSet("svhn", 10, partial(in_torchvision, "SVHN", "train_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
 ]  # fmt: skip
-VTAB = {  # group: (the usual settings, the classes of each task)
-    "vtab/natural": ({"inner_dim": 8, "scale": 0.1, "batch_size": 64}, {
+VTAB = {  # group: (r, s and batch size of most tasks, the classes of each task)
+    "vtab/natural": (8, 0.1, 64, {
         "vtab/caltech101": 102, "vtab/cifar": 100, "vtab/dtd": 47, "vtab/oxford_flowers102": 102,
         "vtab/oxford_iiit_pet": 37, "vtab/svhn": 10, "vtab/sun397": 397}),
-    "vtab/specialized": ({"inner_dim": 16, "scale": 1.5, "batch_size": 40}, {
+    "vtab/specialized": (16, 1.5, 40, {
         "vtab/patch_camelyon": 2, "vtab/eurosat": 10, "vtab/resisc45": 45, "vtab/diabetic_retinopathy": 5}),
-    "vtab/structured": ({"inner_dim": 32, "scale": 1.5, "batch_size": 40}, {
+    "vtab/structured": (32, 1.5, 40, {
         "vtab/clevr_count": 8, "vtab/clevr_dist": 6, "vtab/dmlab": 6, "vtab/kitti": 4, "vtab/dsprites_loc": 16,
         "vtab/dsprites_ori": 16, "vtab/smallnorb_azi": 18, "vtab/smallnorb_ele": 9}),
 }  # fmt: skip
-UNUSUAL = {  # settings of a task that are not its group's
+UNUSUAL = {  # settings of the other tasks
     "vtab/svhn": {"inner_dim": 16, "scale": 0.5},
     "vtab/resisc45": {"scale": 0.5},
     "vtab/dsprites_ori": {"inner_dim": 16, "scale": 0.1},
     "vtab/smallnorb_ele": {"scale": 0.5},
 }
-GENTLE = {name: {"sa2vp": 5e-4} for name in ("vtab/oxford_iiit_pet", "vtab/clevr_count")}  # learning rates
+GENTLE = ("vtab/oxford_iiit_pet", "vtab/clevr_count")  # which take half the learning rate
 DRAWN = "drawn by the program"
 ROWS = [
     *(row._replace(crop=True) for row in FGVC),
-    *(DataSet(name, classes, vtab, VTAB_1K, usual | UNUSUAL.get(name, {}), GENTLE.get(name, {}), vtab=True)
-      for usual, tasks in VTAB.values() for name, classes in tasks.items()),
+    *(DataSet(name, classes, vtab, "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip",
+              {"inner_dim": r, "scale": s, "batch_size": batch_size} | UNUSUAL.get(name, {}),
+              {"sa2vp": 5e-4} if name in GENTLE else {}, vtab=True)
+      for r, s, batch_size, tasks in VTAB.values() for name, classes in tasks.items()),
     *(row._replace(name=f"hta/{row.name}", settings={"inner_dim": 64}) for row in FGVC[:-1] + TORCHVISION),
     DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), DRAWN,
             {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
@@ -486,7 +474,7 @@ ROWS = [
 TABLE = {row.name: row for row in ROWS}
 GROUPS = {  # in the paper's order; VTAB's mean is that of its three parts
     "fgvc": [row.name for row in FGVC],
-    **{group: [*tasks] for group, (_, tasks) in VTAB.items()},
+    **{group: [*tasks] for group, (*_, tasks) in VTAB.items()},
     "vtab": [*VTAB],
     "hta": [name for name in TABLE if name.startswith("hta/")],
 }
