@@ -5,19 +5,17 @@ import json
 import math
 import os
 import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
 
@@ -32,7 +30,7 @@ class Splits(NamedTuple):
     val: list
     test: list
     classes: list  # names; a label is an index into it
-    origin: str  # who made the split, and what was left out, in words
+    origin: str  # who made the split, in words
     notes: list = []  # sentences to print before the training
 
     def describe(self):
@@ -67,32 +65,24 @@ def find(name):
 def members(names):
     """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
     for name in names:
-        if name in {**TABLE, **GROUPS} and [*Path(name).glob("train"), *Path(name).glob("*/*.*")]:
+        is_folder = os.path.isdir(f"{name}/train") or any(Path(name).glob("*/*.*"))
+        if is_folder and (name in TABLE or name in GROUPS):
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
     return [member for name in names for part in GROUPS.get(name, [name]) for member in GROUPS.get(part, [part])]
 
 
 def load(row, root, search=False):
-    """Reads a row's `Splits` below `root`, downloading what can be. With `search`, VTAB-1k is just train800 and val200.
-
-    Raises DataError for data, lists and images that are missing or damaged.
-    """
-    splits = row.load(row, Path(os.path.expanduser(root)), search)
-    for part, samples in zip(PARTS, splits):
-        if not samples and not row.vtab:
-            raise DataError(f"{row.name} has no images for {part}: add some")
-    for image, _ in sum(splits[:3], []):
-        if isinstance(image, Path) and not os.path.isfile(image):
-            raise DataError(f"{row.name} lists the image {image}, which is not there: get it from {row.source}")
-    return splits
+    """Reads a row's `Splits` below `root`, downloading what can be. In a search VTAB-1k is just train800 and val200."""
+    return row.load(row, Path(root).expanduser(), search)
 
 
 def digest(splits):
     """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
     sha = hashlib.sha256(repr((splits.classes, *map(len, splits[:3]))).encode())
-    for image, label in sum(splits[:3], []):
-        known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
-        sha.update(f"{label} {known}".encode())
+    with reading("an image that is listed"):
+        for image, label in sum(splits[:3], []):
+            known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
+            sha.update(f"{label} {known}".encode())
     return sha.hexdigest()
 
 
@@ -102,7 +92,7 @@ def reading(what):
     try:
         yield
     except Exception as error:
-        raise DataError(f"cannot read {what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise DataError(f"cannot read {what}: {str(error) or type(error).__name__}") from error
 
 
 # ---------------------------------------------------------------------- layouts on disk
@@ -112,25 +102,20 @@ SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val",
 
 
 def images_below(folder):
-    """{image: names of the folders above it, from `folder` down}, and a Counter of the files left out, by extension.
-
-    What editors, network drives and macOS leave behind is counted as hidden.
-    """
+    """{image: the parts of its path below the folder}, sorted, and the number of all files; no image is hidden."""
 
     def stop(error):
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    images, left_out = {}, Counter()
-    for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
-        above = Path(place).relative_to(folder).parts
-        for path in [Path(place, name) for name in names]:
-            if any(part.startswith((".", "@", "__MACOSX")) for part in (*above, path.name)):
-                left_out["hidden"] += 1
-            elif path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
-                images[path] = above
-            else:
-                left_out[path.suffix or "without extension"] += 1
-    return dict(sorted(images.items())), left_out
+    walk = os.walk(folder, onerror=stop, followlinks=True)
+    files = sorted(Path(place, name) for place, _, names in walk for name in names)
+    images = {}
+    for path in files:
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith((".", "@", "__MACOSX")) for part in parts)  # by network drives and macOS, too
+        if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and not hidden:
+            images[path] = parts
+    return images, len(files)
 
 
 @cache  # so that all runs of a command have the same settings
@@ -146,84 +131,71 @@ def folder_row(folder):
 def class_folders(folder):
     """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train.
 
-    Without test images a fifth of each class is held out, and without validation images a tenth of the rest. DataError
-    names a file that is no image.
+    Without test images a fifth of each class is held out, without validation images a tenth of what is then train.
     """
-    images, left_out = images_below(folder)
-    own = any(len(above) > 1 and above[0] in SPLIT_OF for above in images.values())
+    images, files = images_below(folder)
+    own = any(len(parts) > 2 and parts[0] in SPLIT_OF for parts in images.values())
     found = []
-    for image, above in images.items():
-        split, name, *_ = (*above, "", "") if own else ("train", *above, "")
-        if name and split in SPLIT_OF:
+    for image, parts in images.items():
+        split, *inside = parts if own else ("train", *parts)
+        if split in SPLIT_OF and len(inside) > 1:  # the folder of a class, and what is in it
             with opened(image):
-                found.append((image, SPLIT_OF[split], name))
-        else:
-            left_out["outside the class folders"] += 1
+                found.append((image, SPLIT_OF[split], inside[0]))
     classes = sorted({name for _, split, name in found if split == "train"})
     unknown = sorted({name for *_, name in found} - {*classes})
     if unknown or len(classes) < 2:
-        raise DataError(
-            f"{folder} needs images in two or more <class>/ or train/<class>/, and of each class in val/ and test/: it "
-            f"has training images of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
-        )
-    samples = [[(image, classes.index(name)) for image, split, name in found if split == part] for part in PARTS]
-    origin = "its own folders" if own else "folders of classes"
-    if left_out:
-        origin += f" without {', '.join(f'{count} {kind}' for kind, count in left_out.items())}"
-    splits = hold_out(hold_out(Splits(*samples, classes, origin), "test", 0.2), "val", 0.1)
-    trained, _, tested = (Counter(classes[label] for _, label in part) for part in splits[:3])
-    few = [name for name in classes if trained[name] < 5]
-    notes = [f"{name} has {trained[name]} training images, which are few: add some" for name in few]
-    notes += [f"{name} has no test images" for name in classes if not tested[name]]
-    for kind, count in {"validation": len(splits.val), "test": len(splits.test)}.items():
-        if 0 < count < 30:
-            notes.append(f"{count} {kind} images are few, one is {100 / count:.0f} points: add some")
-    return splits._replace(notes=notes)
+        has = f"of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
+        raise DataError(f"{folder} needs training images in two or more <class>/ or train/<class>/: it has some {has}")
+    train, val, test = ([(image, classes.index(name)) for image, of, name in found if of == part] for part in PARTS)
+    if not test:
+        train, test = hold_out(train, 0.2)
+    if not val:
+        train, val = hold_out(train, 0.1)
+    if not test or not val:
+        raise DataError(f"{folder} has too few images to hold out any for val or test: add some")
+    counts = Counter(classes[label] for _, label in train)
+    notes = [f"{count} training images of {name} are few: add some" for name, count in counts.items() if count < 5]
+    notes += [f"{len(part)} images are few to measure an accuracy: add some" for part in (val, test) if len(part) < 30]
+    if files > len(found):
+        notes.append(f"{files - len(found)} files are left out: they are hidden, no images or in no class's folder")
+    origin = "folders of classes; where they lack test or val, a fifth and a tenth are held out"
+    return Splits(train, val, test, classes, origin, notes)
 
 
-def fgvc(folder, images, splits, row, root, search, whose="VPT's", **checksum):
+def fgvc(folder, images, lists, md5s, row, root, search, **checksum):
     """One of FGVC's five sets: the folders of its `images`, and train.json, val.json and test.json as VPT has them.
 
-    Those hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
+    Those, of these `md5s`, hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
     """
-    folder, places = root / folder, {}
+    folder, paths = root / folder, {}
     for name in images:
-        fetch(folder / name, row.source, inside=f"**/{name}", **checksum)
+        fetch(folder / name, row.source, partial(unpack, row.source, **checksum), f"**/{name}")
         # By the last two parts, as cars are packed with cars_train/ and cars_test/ once or twice.
-        places |= {path.parts[-2:]: path for path in images_below(folder / name)[0]}
-    listed = []
-    for split, md5 in zip(PARTS, FGVC_MD5[splits].split()):
-        path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{splits}/{split}.json"
+        paths |= {path.parts[-2:]: path for path in images_below(folder / name)[0]}
+    found = []
+    for split, md5 in zip(PARTS, md5s.split()):
+        path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{lists}/{split}.json"
         fetch(path, url, partial(datasets.utils.download_url, url, md5=md5))
         with reading(f"the list {path}, which comes from {url}"):
             pairs = json.loads(path.read_bytes()).items()
-            listed.append([(Path(image), int(class_id)) for image, class_id in pairs])
-    names = {class_id: image.parent.name for part in listed for image, class_id in part}
+            found.append([(paths.get(Path(name).parts[-2:], folder / name), int(class_id)) for name, class_id in pairs])
+    names = {class_id: image.parent.name for image, class_id in sum(found, [])}
     if len({*names.values()}) < len(names):  # flowers and cars have no folder for each class
         names = {class_id: f"class {class_id}" for class_id in names}
     ids = sorted(names)
-    samples = [
-        [(places.get(image.parts[-2:], folder / image), ids.index(class_id)) for image, class_id in part]
-        for part in listed
-    ]
-    return Splits(*samples, [names[class_id] for class_id in ids], f"{whose} train.json, val.json and test.json")
+    samples = [[(image, ids.index(class_id)) for image, class_id in part] for part in found]
+    return Splits(*samples, [names[class_id] for class_id in ids], "train.json, val.json and test.json")
 
 
 def vtab(row, root, search):
     """VTAB-1k as its users packed it: lists of "path label", with 800 + 200 images to train on."""
-    fetch(root / "vtab-1k", row.source, inside="vtab-1k")
-    folder = root / row.name.replace("vtab", "vtab-1k")
+    fetch(root / "vtab-1k", row.source, partial(unpack, row.source), "vtab-1k")
 
     def listed(name):
-        path, samples = folder / f"{name}.txt", []
-        with reading(f"{path}, which comes from {row.source}"):
-            lines = path.read_text("utf-8-sig").splitlines()
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                with reading(f"line {number} of {path}, {line!r}, as a path and a label below {row.classes}"):
-                    image, label = line.rsplit(maxsplit=1)
-                    samples.append((folder / image, range(row.classes).index(int(label))))
-        return samples
+        path = root / row.name.replace("vtab", "vtab-1k") / f"{name}.txt"
+        with reading(f"{path}, which comes from {row.source} and has lines of a path and a label below {row.classes}"):
+            lines = [line.rsplit(maxsplit=1) for line in path.read_text("utf-8-sig").splitlines()]
+            return [(path.parent / image, range(row.classes).index(int(label))) for image, label in lines]
 
     classes = [f"class {label}" for label in range(row.classes)]
     if search:
@@ -233,8 +205,6 @@ def vtab(row, root, search):
 
 def in_torchvision(kind, on_disk, row, root, search, splits=("train", "test"), **options):
     """torchvision's data set `kind`, which makes `on_disk` below root, has these splits and takes these options."""
-    if kind == "SVHN" and not find_spec("scipy"):
-        raise DataError(f"{row.name} comes as .mat files, which scipy reads: pip install scipy")
     read = getattr(datasets, kind)
     fetch(root / on_disk, row.source, lambda folder: [read(folder, split, download=True) for split in splits])
     with reading(f"{row.name} below {root}, which comes from {row.source}"):
@@ -242,50 +212,47 @@ def in_torchvision(kind, on_disk, row, root, search, splits=("train", "test"), *
         samples = [[(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in part] for part in parts]
     classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
     train, *val, test = samples
-    return hold_out(Splits(train, sum(val, []), test, classes, "official split"), "val", 0.2)
+    if not val:
+        train, *val = hold_out(train, 0.2)
+    return Splits(train, *val, test, classes, "official split; where it lacks val, a fifth of train is held out")
 
 
-def hold_out(splits, part, share):
-    """An empty `part`, val or test, becomes `share` of each class of train: at least one image, never its only one."""
-    if getattr(splits, part):
-        return splits
-    labels, rng, held = np.array([label for _, label in splits.train]), np.random.default_rng(0), set()
+def hold_out(samples, share):
+    """Samples kept and samples held out: `share` of each class, at least one image but never its only one."""
+    labels, rng = np.array([label for _, label in samples]), np.random.default_rng(0)
+    held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
-        held.update(own[: min(max(1, round(share * len(own))), len(own) - 1)])
-    kept, out = ([sample for i, sample in enumerate(splits.train) if (i in held) == side] for side in (False, True))
-    of = "the rest" if "kept for" in splits.origin else "each class"
-    origin = f"{splits.origin}, {share:.0%} of {of} kept for {'testing' if part == 'test' else 'validation'}"
-    return splits._replace(**{"train": kept, part: out}, origin=origin)
+        if len(own) > 1:
+            held[own[: max(1, round(share * len(own)))]] = True
+    return [[samples[i] for i in np.flatnonzero(side)] for side in (~held, held)]
 
 
-def fetch(path, source, download=None, inside="*", **checksum):
-    """If `path` is missing, downloads into a temporary folder and moves the files into place once complete, it last.
+def fetch(path, source, download, inside="*"):
+    """If `path` is missing, `download(folder)` writes to a temporary folder, of which `inside` is then moved to `path`.
 
-    `download(folder)` does so, by default `unpack` of `source`. What matches `inside` there is moved. Where another
-    process was faster, its files are used. DataError says where to get `path` and where to put it.
+    Files move when all are there, in the order of their names. Where another process was faster, its files are used.
+    DataError says where to get `path` and where to put it.
     """
     if os.path.exists(path):
         return
-    download, failure = download or partial(unpack, source, **checksum), "is not in the archive"
+    why = "it is not in the archive"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
             download(folder)
-            for made in sorted(Path(folder).glob(inside), key=lambda made: made.name == path.name):
+            for made in sorted(Path(folder).glob(inside)):
                 made.replace(path.parent / made.name)
     except Exception as error:  # the network's, the archive's, the checksum's, the disk's
-        failure = f"cannot be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
+        why = error
     if not os.path.exists(path):
-        raise DataError(f"{path} is not there, and {failure}: get it from {source} and put it there")
+        raise DataError(f"{path} is missing and cannot be downloaded ({why}): get it from {source} and put it there")
 
 
 def unpack(source, folder, **checksum):
     """Downloads an archive into a folder and unpacks it there, nothing outside of it; checks its md5 or sha256."""
     if not source.endswith((".tgz", ".tar", ".zip")):
         raise DataError("it has no direct link")
-    if not hasattr(tarfile, "data_filter"):
-        raise DataError("unpacking safely takes Python 3.10.12, 3.11.4, 3.12 or later")
     datasets.utils.download_url(source, folder)
     archive = Path(folder, Path(source).name)
     for algorithm, digits in checksum.items():
@@ -319,25 +286,21 @@ def what_and_which_colour(rng, label):
 
 
 def where_is_blue(rng, label):
-    """An image of the target task: the class is the direction in which the blue thing lies as seen from the red one.
-
-    Either can be anywhere and of any shape; directions near the border of two classes are left out.
-    """
+    """An image of the target task: the class is the direction from the red thing to the blue one, of any two shapes."""
     while True:
         red, blue = rng.uniform(7, SIDE - 7, (2, 2))  # (x, y) each
         dx, dy = blue - red
         off = math.remainder(math.degrees(math.atan2(dy, dx)) - 45 * label, 360)
-        if math.hypot(dx, dy) > 18 and abs(off) < 17.5:
-            break
-    return draw(rng, zip(rng.choice([*SHAPES], 2), ("red", "blue"), (red, blue), rng.uniform(5, 8, 2)))
+        if math.hypot(dx, dy) > 18 and abs(off) < 17.5:  # not near the border of two classes
+            return draw(rng, zip(rng.choice([*SHAPES], 2), ("red", "blue"), (red, blue), rng.uniform(5, 8, 2)))
 
 
 def drawn(draw_one, classes, row, root, search, counts):
     """The images of a drawn task, balanced, and always the same ones."""
     splits = []
     for i, count in enumerate(counts):
-        rng, labels = np.random.default_rng(i), [j % len(classes) for j in range(count)]
-        splits.append([(draw_one(rng, label), label) for label in labels])
+        rng = np.random.default_rng(i)
+        splits.append([(draw_one(rng, j % len(classes)), j % len(classes)) for j in range(count)])
     return Splits(*splits, classes, "drawn by the program")
 
 
@@ -363,11 +326,8 @@ def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded; DataError names a file that is damaged or none."""
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
     with reading(f"the image {path}"), open(path, "rb") as file, Image.open(file) as image:
-        tags = getattr(image, "tag_v2", {})  # a TIFF's bits and, 1, whether 0 is black
-        known = image.mode.startswith("I;16") and (tags.get(258), tags.get(262)) == ((16,), 1)
-        known = known or image.format in ("PNG", "PPM", "JPEG2000")
-        if image.mode == "F" or image.mode.startswith("I") and not known:
-            raise ValueError(f"pixels of mode {image.mode} have no agreed scale, save them with 8 or 16 bits")
+        if image.mode == "F" or image.mode.startswith("I") and image.format not in ("PNG", "PPM", "JPEG2000"):
+            raise ValueError(f"pixels of mode {image.mode} have no agreed scale, save them with 8 bits or as PNG")
         yield image
 
 
@@ -375,45 +335,35 @@ def open_picture(image):
     """A path or an (H, W, 3) uint8 array -> an upright RGB PIL image, on white; DataError names a damaged file."""
     if not isinstance(image, Path):
         return Image.fromarray(image)
-    with opened(image) as file:
-        file.load()
-        image = file
-        if file.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            deep = np.asarray(file)
-            image = np.where(deep == file.info.get("transparency"), 255, deep // 257)
-            image = Image.fromarray(image.astype(np.uint8))
-        elif file.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
-        image = image.convert("RGB")
+    with opened(image) as picture:
+        picture.load()
         with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
-            image.info = {}
-            image.getexif()[0x0112] = file.getexif()[0x0112]  # the orientation
-            image = ImageOps.exif_transpose(image)
-        return image
+            ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            deep = np.asarray(picture)
+            deep = np.where(deep == picture.info.get("transparency"), 255, deep // 257)
+            picture = Image.fromarray(deep.astype(np.uint8))
+        elif picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        return picture.convert("RGB")
 
 
 def find_images(paths):
-    """The files among the paths, and for each folder all images below it, by name; DataError for none."""
+    """The files among the paths, and for each folder all images below it, sorted; DataError for none."""
     found = []
     for path in paths:
-        inside = images_below(path)[0] if os.path.isdir(path) else [path] if os.path.isfile(path) else []
+        inside = images_below(path)[0] if os.path.isdir(path) else [path]
         if not inside:
-            raise DataError(f"there is no image {path}, and none below it")
+            raise DataError(f"there is no image below {path}")
         found += inside
     return found
 
 
 class Images(Dataset):
-    """Samples as the model takes them: item (index, seed) is an image (3, height, width) and its label.
-
-    The seed is that of the image's random crop and flip.
-    """
+    """Item (index, seed) is an image, (3, height, width), with the crop and flip that the seed draws, and its label."""
 
     def __init__(self, samples, transform):
         self.samples, self.transform = samples, transform
-
-    def __len__(self):
-        return len(self.samples)
 
     def __getitem__(self, key):
         index, seed = key
@@ -424,7 +374,7 @@ class Images(Dataset):
             return self.transform(open_picture(image)), label
 
 
-class Shuffled(Sampler):
+class Shuffled:
     """Keys of `Images`, in a new order with new seeds in every epoch; both depend on `seed` and `epoch` alone."""
 
     def __init__(self, count, seed):
@@ -446,9 +396,7 @@ def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
     """
     training, workers = shuffle_seed is not None, workers if samples else 0
     if training and len(samples) < batch_size:
-        raise DataError(
-            f"{len(samples)} training images are fewer than one batch of {batch_size}: use a smaller --batch-size"
-        )
+        raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: lower --batch-size")
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
     return DataLoader(
         Images(samples, transform(**input, training=training)), batch_size, sampler=sampler, drop_last=training,
@@ -460,78 +408,62 @@ def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
 # ---------------------------------------------------------------------- the table
 
 FGVC_SPLITS = "https://raw.githubusercontent.com/savadikarc/gift/f0cb80cb4db413ecd108dd7e74fef27105eb6b97/data"
-FGVC_MD5 = {  # of train.json, val.json and test.json
-    "cub": "8aedcb810c68c7410607a6801bc131d8 ccbb8956711c47a59caff813075c9fe6 5f3c7af28e087ba27079ddc6a4e7846e",
-    "nabirds": "3835cf47e4617721556316d3b9f79db8 5f6e32ed373af37be26f5c7d5f9632d9 77f59e1fc2becded3c11b8a4bde70018",
-    "oxfordflowers": "9e998dfd1e7131c799b7fcd38d559a96 0f08ac53a5739f0026763bd0aac3e054 ada4f0666adcfa3260f719a84a64b928",
-    "stanforddogs": "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
-    "stanfordcars": "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7",
-}
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
-VTAB_1K = "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
-SOURCES = {  # name: (classes, loader, where to download it)
-    "cub": (200, partial(fgvc, "CUB_200_2011", ["images"], "cub", md5="97eceeb196236b17998738112f37df78"),
-            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"),
-    "nabirds": (555, partial(fgvc, "nabirds", ["images"], "nabirds"), "https://dl.allaboutbirds.org/nabirds"),
-    "flowers": (102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers", md5="52808999861908f626f3c1f4e79d11fa"),
-                "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz"),
-    "dogs": (120, partial(fgvc, "dogs", ["Images"], "stanforddogs",
-                          sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
-             "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"),
-    "cars": (196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars",
-                          whose="github.com/savadikarc/gift's"),
-             "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset"),
-    "cifar10": (10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py", splits=(True, False)), CIFAR),
-    "cifar100": (100, partial(in_torchvision, "CIFAR100", "cifar-100-python", splits=(True, False)), CIFAR),
-    "dtd": (47, partial(in_torchvision, "DTD", "dtd", splits=PARTS, loader=Path),
+FGVC = [
+    DataSet("cub", 200, partial(fgvc, "CUB_200_2011", ["images"], "cub",
+        "8aedcb810c68c7410607a6801bc131d8 ccbb8956711c47a59caff813075c9fe6 5f3c7af28e087ba27079ddc6a4e7846e",
+        md5="97eceeb196236b17998738112f37df78"), "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"),
+    DataSet("nabirds", 555, partial(fgvc, "nabirds", ["images"], "nabirds",
+        "3835cf47e4617721556316d3b9f79db8 5f6e32ed373af37be26f5c7d5f9632d9 77f59e1fc2becded3c11b8a4bde70018"),
+        "https://dl.allaboutbirds.org/nabirds", {"inner_dim": 32}),
+    DataSet("flowers", 102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers",
+        "9e998dfd1e7131c799b7fcd38d559a96 0f08ac53a5739f0026763bd0aac3e054 ada4f0666adcfa3260f719a84a64b928",
+        md5="52808999861908f626f3c1f4e79d11fa"),
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", {"inner_dim": 8}),
+    DataSet("dogs", 120, partial(fgvc, "dogs", ["Images"], "stanforddogs",
+        "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
+        sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
+        "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", {"inner_dim": 32}),
+    DataSet("cars", 196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars",
+        "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7"),
+        "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset",
+        {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)}),
+]  # fmt: skip
+TORCHVISION = [
+    DataSet("cifar10", 10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py", splits=(True, False)), CIFAR),
+    DataSet("cifar100", 100, partial(in_torchvision, "CIFAR100", "cifar-100-python", splits=(True, False)), CIFAR),
+    DataSet("dtd", 47, partial(in_torchvision, "DTD", "dtd", splits=PARTS, loader=Path),
             "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
-    "food101": (101, partial(in_torchvision, "Food101", "food-101", loader=Path),
-                "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
-    "gtsrb": (43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
-    "svhn": (10, partial(in_torchvision, "SVHN", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
+    DataSet("food101", 101, partial(in_torchvision, "Food101", "food-101", loader=Path),
+            "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    DataSet("gtsrb", 43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
+    DataSet("svhn", 10, partial(in_torchvision, "SVHN", "train_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
+]  # fmt: skip
+VTAB = {  # group: (r, s and batch size of most tasks, the classes of each task)
+    "vtab/natural": (8, 0.1, 64, {
+        "vtab/caltech101": 102, "vtab/cifar": 100, "vtab/dtd": 47, "vtab/oxford_flowers102": 102,
+        "vtab/oxford_iiit_pet": 37, "vtab/svhn": 10, "vtab/sun397": 397}),
+    "vtab/specialized": (16, 1.5, 40, {
+        "vtab/patch_camelyon": 2, "vtab/eurosat": 10, "vtab/resisc45": 45, "vtab/diabetic_retinopathy": 5}),
+    "vtab/structured": (32, 1.5, 40, {
+        "vtab/clevr_count": 8, "vtab/clevr_dist": 6, "vtab/dmlab": 6, "vtab/kitti": 4, "vtab/dsprites_loc": 16,
+        "vtab/dsprites_ori": 16, "vtab/smallnorb_azi": 18, "vtab/smallnorb_ele": 9}),
 }  # fmt: skip
-FGVC = {  # name: settings, where they differ from r = 16 and s = 0.1
-    "cub": {},
-    "nabirds": {"inner_dim": 32},
-    "flowers": {"inner_dim": 8},
-    "dogs": {"inner_dim": 32},
-    "cars": {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)},
+UNUSUAL = {  # settings of the other tasks
+    "vtab/svhn": {"inner_dim": 16, "scale": 0.5},
+    "vtab/resisc45": {"scale": 0.5},
+    "vtab/dsprites_ori": {"inner_dim": 16, "scale": 0.1},
+    "vtab/smallnorb_ele": {"scale": 0.5},
 }
-GENTLE = {"sa2vp": 5e-4}
-VTAB = {  # group: rows of name, classes, r, s and, where it differs, the learning rate
-    "vtab/natural": [
-        ("vtab/caltech101", 102, 8, 0.1),
-        ("vtab/cifar", 100, 8, 0.1),
-        ("vtab/dtd", 47, 8, 0.1),
-        ("vtab/oxford_flowers102", 102, 8, 0.1),
-        ("vtab/oxford_iiit_pet", 37, 8, 0.1, GENTLE),
-        ("vtab/svhn", 10, 16, 0.5),
-        ("vtab/sun397", 397, 8, 0.1),
-    ],
-    "vtab/specialized": [
-        ("vtab/patch_camelyon", 2, 16, 1.5),
-        ("vtab/eurosat", 10, 16, 1.5),
-        ("vtab/resisc45", 45, 16, 0.5),
-        ("vtab/diabetic_retinopathy", 5, 16, 1.5),
-    ],
-    "vtab/structured": [
-        ("vtab/clevr_count", 8, 32, 1.5, GENTLE),
-        ("vtab/clevr_dist", 6, 32, 1.5),
-        ("vtab/dmlab", 6, 32, 1.5),
-        ("vtab/kitti", 4, 32, 1.5),
-        ("vtab/dsprites_loc", 16, 32, 1.5),
-        ("vtab/dsprites_ori", 16, 16, 0.1),
-        ("vtab/smallnorb_azi", 18, 32, 1.5),
-        ("vtab/smallnorb_ele", 9, 32, 0.5),
-    ],
-}
+GENTLE = ("vtab/oxford_iiit_pet", "vtab/clevr_count")  # which take half the learning rate
 DRAWN = "drawn by the program"
 ROWS = [
-    *(DataSet(name, *SOURCES[name], settings, crop=True) for name, settings in FGVC.items()),
-    *(DataSet(name, classes, vtab, VTAB_1K,
-              {"inner_dim": r, "scale": s, "batch_size": 64 if group == "vtab/natural" else 40}, *lr, vtab=True)
-      for group, rows in VTAB.items() for name, classes, r, s, *lr in rows),
-    *(DataSet(f"hta/{name}", *source, {"inner_dim": 64}) for name, source in SOURCES.items() if name != "cars"),
+    *(row._replace(crop=True) for row in FGVC),
+    *(DataSet(name, classes, vtab, "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip",
+              {"inner_dim": r, "scale": s, "batch_size": batch_size} | UNUSUAL.get(name, {}),
+              {"sa2vp": 5e-4} if name in GENTLE else {}, vtab=True)
+      for r, s, batch_size, tasks in VTAB.values() for name, classes in tasks.items()),
+    *(row._replace(name=f"hta/{row.name}", settings={"inner_dim": 64}) for row in FGVC[:-1] + TORCHVISION),
     DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), DRAWN,
             {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
              "image_size": SIDE},
@@ -541,8 +473,8 @@ ROWS = [
 ]  # fmt: skip
 TABLE = {row.name: row for row in ROWS}
 GROUPS = {  # in the paper's order; VTAB's mean is that of its three parts
-    "fgvc": [*FGVC],
-    **{group: [name for name, *_ in rows] for group, rows in VTAB.items()},
+    "fgvc": [row.name for row in FGVC],
+    **{group: [*tasks] for group, (*_, tasks) in VTAB.items()},
     "vtab": [*VTAB],
     "hta": [name for name in TABLE if name.startswith("hta/")],
 }
