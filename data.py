@@ -147,18 +147,22 @@ def class_folders(folder):
         has = f"of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
         raise DataError(f"{folder} needs training images in two or more <class>/ or train/<class>/: it has some {has}")
     train, val, test = ([(image, classes.index(name)) for image, of, name in found if of == part] for part in PARTS)
+    origin = "its own folders" if own else "folders of classes"
     if not test:
         train, test = hold_out(train, 0.2)
+        origin += ", a fifth held out for test"
     if not val:
         train, val = hold_out(train, 0.1)
+        origin += ", a tenth of train held out for validation"
     if not test or not val:
         raise DataError(f"{folder} has too few images to hold out any for val or test: add some")
     counts = Counter(classes[label] for _, label in train)
     notes = [f"{count} training images of {name} are few: add some" for name, count in counts.items() if count < 5]
-    notes += [f"{len(part)} images are few to measure an accuracy: add some" for part in (val, test) if len(part) < 30]
+    for part, samples in {"validation": val, "test": test}.items():
+        if len(samples) < 30:
+            notes.append(f"{len(samples)} {part} images are few, one is {100 / len(samples):.0f} points: add some")
     if files > len(found):
         notes.append(f"{files - len(found)} files are left out: they are hidden, no images or in no class's folder")
-    origin = "folders of classes; where they lack test or val, a fifth and a tenth are held out"
     return Splits(train, val, test, classes, origin, notes)
 
 
@@ -212,9 +216,10 @@ def in_torchvision(kind, on_disk, row, root, search, splits=("train", "test"), *
         samples = [[(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in part] for part in parts]
     classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
     train, *val, test = samples
-    if not val:
-        train, *val = hold_out(train, 0.2)
-    return Splits(train, *val, test, classes, "official split; where it lacks val, a fifth of train is held out")
+    if val:
+        return Splits(train, *val, test, classes, "official split")
+    train, val = hold_out(train, 0.2)
+    return Splits(train, val, test, classes, "official split, a fifth of train held out for validation")
 
 
 def hold_out(samples, share):
