@@ -45,7 +45,7 @@ class DataSet(NamedTuple):
     name: str
     classes: int | None
     load: partial  # load(row, root, search) reads the data set, a `Splits`
-    source: str  # where to download it
+    source: str  # where to download it, if not drawn
     settings: dict = {}  # of a run, where they differ from DEFAULTS in train.py
     lr: dict = {}  # by method, where it differs from LEARNING_RATE in train.py
     crop: bool = False  # FGVC's transforms, random crop and flip; otherwise the whole image is resized
@@ -129,10 +129,7 @@ def folder_row(folder):
 
 
 def class_folders(folder):
-    """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train.
-
-    Without test images a fifth of each class is held out, without validation images a tenth of what is then train.
-    """
+    """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train."""
     images, files = images_below(folder)
     own = any(len(parts) > 2 and parts[0] in SPLIT_OF for parts in images.values())
     found = []
@@ -461,7 +458,6 @@ UNUSUAL = {  # settings of the other tasks
     "vtab/smallnorb_ele": {"scale": 0.5},
 }
 GENTLE = ("vtab/oxford_iiit_pet", "vtab/clevr_count")  # which take half the learning rate
-DRAWN = "drawn by the program"
 ROWS = [
     *(row._replace(crop=True) for row in FGVC),
     *(DataSet(name, classes, vtab, "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip",
@@ -469,11 +465,11 @@ ROWS = [
               {"sa2vp": 5e-4} if name in GENTLE else {}, vtab=True)
       for r, s, batch_size, tasks in VTAB.values() for name, classes in tasks.items()),
     *(row._replace(name=f"hta/{row.name}", settings={"inner_dim": 64}) for row in FGVC[:-1] + TORCHVISION),
-    DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), DRAWN,
+    DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), "",
             {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
              "image_size": SIDE},
             {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}),  # searched on validation data
-    DataSet("shapes-source", 12, partial(drawn, what_and_which_colour, KINDS, counts=(7200, 360, 360)), DRAWN,
+    DataSet("shapes-source", 12, partial(drawn, what_and_which_colour, KINDS, counts=(7200, 360, 360)), "",
             {"weights": None, "image_size": SIDE}),
 ]  # fmt: skip
 TABLE = {row.name: row for row in ROWS}
