@@ -580,18 +580,15 @@ STEMS = {  # how files of the same backbone are named, and what they are
     "float32": safetensors,
     "float16": lambda state: safetensors(state, "F16", torch.float16),
     "bfloat16": lambda state: safetensors(state, "BF16", torch.bfloat16),
-    "ddp": pytorch("module.", **{"optimizer": torch.ones(1)}),
-    "compiled": lambda state: {"epoch": 3, "weights": pytorch("_orig_mod.")(state)},
     "lightning": lambda state: {"state_dict": pytorch("model.backbone.", **{"criterion.weight": torch.ones(2)})(state)},
     "moco": lambda state: {"state_dict": pytorch("module.base_encoder.")(state)
                            | pytorch("module.momentum_encoder.")({name: -t for name, t in state.items()})
                            | {"module.predictor.0.weight": torch.ones(2)}},
     "dino": lambda state: {"student": pytorch("module.backbone.")({name: -t for name, t in state.items()}),
                            "teacher": pytorch("backbone.")(state)},
-    "transformers": hugging_face("encoder.layer.", DENSE | NORMS | {"mlp.fc1": "intermediate.dense",
-                                                                    "mlp.fc2": "output.dense"}),
+    "transformers": lambda state: pytorch("vit.", **{"classifier.weight": torch.ones(2)})(hugging_face(
+        "encoder.layer.", DENSE | NORMS | {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"})(state)),
     "transformers 5": hugging_face("layers.", SHORT | NORMS | {r"attention\.proj": "attention.o_proj"}),
-    "classifier": lambda state: pytorch("vit.", **{"classifier.weight": torch.ones(2)})(STEMS["transformers"](state)),
 }  # fmt: skip
 
 
@@ -696,8 +693,6 @@ def test_what_holds_no_plain_vit_is_refused_in_one_sentence_with_the_reason(tmp_
         assert all(part in str(refused.value) for part in (str(path), says)) and "\n" not in str(refused.value)
     with pytest.raises(vit.InputError, match="width 16 is not a multiple of 64: .*--heads"):
         vit.load_vit(path, 32)
-    with pytest.raises(vit.InputError, match="there is no file"):
-        vit.load_vit(tmp_path)
 
 
 def test_a_fingerprint_tells_backbones_apart_by_any_tensor():
@@ -911,8 +906,6 @@ def test_a_gpu_without_bfloat16_in_hardware_takes_float16_and_one_that_does_not_
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         torch.backends.cuda.enable_cudnn_sdp(True)
         assert machine()[:2] == expected and torch.backends.cuda.cudnn_sdp_enabled() == (not works)
-    with pytest.raises(vit.InputError, match="no GPU 0, PyTorch can use 0"):
-        machine("--gpu", "0")
 
 
 def test_workers_are_the_cpus_of_this_process(monkeypatch):
@@ -1590,21 +1583,14 @@ def test_a_folder_is_named_after_what_differs_from_the_defaults_of_data_set_and_
 
 
 @pytest.fixture
-def tuned(run, files, monkeypatch):
-    """A function that makes a run with its backbone's weights in vit.pth; (its best.pt, the model it trained)."""
-    shutil.copy(files / "vit.pth", "vit.pth")
-
-    def tuned(method, *flags):
-        models, build = [], sa2vp.build
-        monkeypatch.setattr(sa2vp, "build", lambda *given: models.append(build(*given)) or models[-1])
-        own = ["--method", method, "--weights", "vit.pth", "--heads", 2, "--normalize", "half"]
-        return run(*own, *flags) / "best.pt", models[0]
-
-    return tuned
+def tuned(run, files):
+    """A function that makes a run of two heads with its backbone's weights in vit.pth, and gives its best.pt."""
+    own = ["--weights", shutil.copy(files / "vit.pth", "vit.pth"), "--heads", 2, "--normalize", "half"]
+    return lambda *flags: run(*own, *flags) / "best.pt"
 
 
 def test_a_checkpoint_has_its_own_sizes_and_transforms(tuned, files, monkeypatch, capsys):
-    best, _ = tuned("sa2vp", "--image-size", 96, "--prompt-grid", "3x4")
+    best = tuned("--image-size", 96, "--prompt-grid", "3x4")
     assert "heads 2, patch 32, image 96, normalization half" in capsys.readouterr().out
     model, meta = sa2vp.load(best)
     assert model.vit.blocks[0].attn.heads == 2 and model.vit.grid == (3, 3) and model.prompt_grid == (3, 4)
@@ -1617,29 +1603,26 @@ def test_a_checkpoint_has_its_own_sizes_and_transforms(tuned, files, monkeypatch
     assert asked == [False, False]
 
 
-def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_images(run, files, monkeypatch, capsys):
+def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_images(run, files, capsys):
     make_folder(Path("seven"), {"train": 3, "test": 1}, classes="abcdefg")
     write(Path(), {"damaged.jpg": b"\xff\xd8 no image", "empty/a.txt": ""})
     out, bee, folder = run("--data", "seven"), files / "insects/test/bee/1.png", files / "insects/train"
     model, meta = sa2vp.load(out / "best.pt")
-    images, opened, open_picture = [bee, *sorted(folder.rglob("*.png"))], [], data.open_picture
-    monkeypatch.setattr(data, "open_picture", lambda image: opened.append(image) or open_picture(image))
+    images = [bee, *sorted(folder.rglob("*.png"))]
     capsys.readouterr()
     train.main(list(map(str, ["--predict", out, bee, folder, "--show", 2, "--cpu"])))
-    assert opened[-2:] == [images[0], images[6]]  # of 13, what is shown is evenly spaced
-    expected, guesses = [], {}
+    expected, shown = [], []
     for image in images:
-        pixels = data.transform(**meta["input"])(open_picture(image))
+        pixels = data.transform(**meta["input"])(data.open_picture(image))
         with torch.inference_mode():
             probabilities = model(pixels[None])[0][0].softmax(dim=0).tolist()
         right = sorted(zip(probabilities, meta["classes"]), reverse=True)[:5]
-        guesses[image] = right[0][1]
         expected += [str(image), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
-    rows = [f"  {image}: predicted {guesses[image]}" for image in opened[-2:]]
-    assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png, whose rows are", *rows]
+        shown.append(f"  {image}: predicted {right[0][1]}")
+    expected += [f"wrote {out}/show.png, whose rows are", shown[0], shown[6]]  # of 13
+    assert capsys.readouterr().out.splitlines() == expected
     for given, says in (
         (["empty"], "no image"),
-        (["absent.jpg"], "no image"),
         ([], "takes a run, and then images"),
         ([bee, "damaged.jpg"], "damaged.jpg"),
     ):
@@ -1662,18 +1645,14 @@ def test_the_default_run_pretrains_its_backbone_once_and_resumes_after_an_interr
     train.main([*flags, "--method", "linear", "--out", "elsewhere"])
     assert "pre-training" not in capsys.readouterr().out
     assert sorted(os.listdir("runs")) == ["shapes-sa2vp-epochs1", "shapes-vit"]
-    assert os.listdir("elsewhere") == ["shapes-linear-epochs1"]
-    assert vit.load_vit("runs/shapes-vit/best.pt", data.SIDE).normalize == "imagenet"
 
 
 def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given(tuned):
-    (path, model), images, weights = tuned("vpt"), torch.randn(2, 3, 224, 224), Path("vit.pth")
+    path, weights = tuned(), Path("vit.pth")
     for place, given in ((weights, None), (path.with_name("vit.pth"), None), (Path("other.pth"), "other.pth")):
         weights = weights.rename(place)
         for file in (path, str(path.parent)):
-            loaded, meta = sa2vp.load(file, weights=given)
-            assert torch.equal(loaded(images)[0], model(images)[0]) and meta["classes"] == ["ant", "bee"]
-            assert not loaded.training
+            sa2vp.load(file, weights=given)
     content = checkpoint(path)
     for name in ("vit.pth", "best.pt"):  # moved elsewhere; the second is called as the run's own
         torch.save(content | {"settings": content["settings"] | {"weights": name}}, path)
@@ -1685,41 +1664,29 @@ def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given
 
 
 def test_a_fully_tuned_model_needs_no_backbone_and_is_one_with_its_own_heads_and_normalization(tuned):
-    (path, model), images = tuned("full"), torch.randn(2, 3, 224, 224)
+    path, images = tuned("--method", "full"), torch.randn(2, 3, 224, 224)
     Path("vit.pth").unlink()
-    assert torch.equal(sa2vp.load(path)[0](images)[0], model(images)[0])
-    backbone = vit.load_vit(path)
+    (model, _), backbone = sa2vp.load(path), vit.load_vit(path)
     assert torch.equal(backbone(images), model.vit(images))
     assert backbone.normalize == "half" and backbone.notes == []
 
 
-def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence(tuned):
-    path, _ = tuned("vpt")
+def test_a_checkpoint_that_does_not_fit_is_named_in_one_sentence(tuned):
+    path = tuned()
     content = checkpoint(path)
-    settings, trained = content["settings"], content["trained"]
+    settings = content["settings"]
     for changed, says in (
-        ({"trained": trained | {"prompts": torch.ones(1)}}, "prompts is"),
-        ({"trained": trained | {3: torch.ones(1)}}, "3 is .* expected nothing"),
-        ({"settings": settings | {"method": "x"}}, "no method x"),
-        ({"settings": settings | {"prompts": "x"}}, "cannot load"),
-        ({"settings": settings | {"weights": None}}, "trained from scratch"),
-        ({"settings": {}}, "method"),
-        ({"backbone": {"patches": 3}}, "patches"),
+        (content | {"trained": content["trained"] | {"prompt_map.tokens": torch.ones(1)}}, "prompt_map.tokens is"),
+        (content | {"settings": settings | {"method": "x"}}, "no method x"),
+        (content | {"settings": settings | {"weights": None}}, "trained from scratch"),
+        (content | {"settings": {}}, "'method'"),
+        (content | {"backbone": {"patches": 3}}, "patches"),
+        ({name: content[name] for name in content if name != "history"}, "no checkpoint of .* no history"),
     ):
-        torch.save(content | changed, path)
+        torch.save(changed, path)
         with pytest.raises(vit.InputError, match=says) as refused:
             sa2vp.load(path)
         assert str(path) in str(refused.value) and "\n" not in str(refused.value)
-    path.write_bytes(path.read_bytes()[:-500])
-    content.pop("history")
-    torch.save(content, "older.pt")
-    for name, says in (
-        (path, "best.pt is cut short or damaged .delete it"),
-        ("older.pt", "is no checkpoint of .* no history"),
-        ("absent.pt", "cannot read .*absent.pt"),
-    ):
-        with pytest.raises(vit.InputError, match=says):
-            sa2vp.load(name)
 
 
 # ---------------------------------------------------------------------- the command line, files and words
@@ -1736,8 +1703,6 @@ def test_the_list_has_a_line_for_each_data_set_and_each_backbone(monkeypatch, ca
     "flags, part",
     [
         ("--data nonsense", "cub, nabirds, flowers"),
-        ("--data other", "none of wasp"),
-        ("--data damaged", "damaged/val/bee/0.jpg"),
         ("--data cut --workers 1", "could not run: cannot read the image"),  # found by a worker, in the first epoch
         ("--epochs 3 --warmup-epochs 3", "above"),
         ("--batch-size 1000", "fewer than one batch of 1000"),
@@ -1757,7 +1722,7 @@ def test_the_list_has_a_line_for_each_data_set_and_each_backbone(monkeypatch, ca
         ("--distill-layers 0 --fusion-layers 4", "must be"),
         ("--distill-layers 0,5", "must be"),
         ("--gpu 99", "no GPU 99"),
-        ("--weights absent.pth", "absent.pth"),
+        ("--weights absent.pth", "absent.pth: give --weights"),
         ("--nonsense", "--nonsense"),
         ("--show 3", "--show draws with --eval or --predict"),
         ("--ablate --window 3", "--ablate itself varies"),
@@ -1768,9 +1733,6 @@ def test_the_list_has_a_line_for_each_data_set_and_each_backbone(monkeypatch, ca
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(command, capsys, flags, part):
-    make_folder(Path("other"), {"train": 3, "test": 1})
-    make_folder(Path("other"), {"test": 1}, classes=("wasp",))
-    write(make_folder(Path("damaged")), {"val/bee/0.jpg": b"\xff\xd8 no image"})
     cut = make_folder(Path("cut")) / "train/bee/0.png"
     cut.write_bytes(cut.read_bytes()[:-30])
     given = flags.split()
