@@ -13,6 +13,7 @@ import hashlib
 import http.server
 import io
 import inspect
+import itertools
 import json
 import math
 import os
@@ -52,8 +53,8 @@ def small_vit(image_size=32, patch_size=16, dim=16, depth=5, heads=2):
     return backbone
 
 
-def small_model(image_size=(48, 64), **options):
-    model = sa2vp.SA2VP(small_vit(image_size), 3, 4, 0.5, **options)
+def small_model(**options):
+    model = sa2vp.SA2VP(small_vit((48, 64)), 3, 4, 0.5, **options)
     for parameter in sa2vp.trained_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.double().eval()
@@ -141,10 +142,10 @@ def refusal(capsys, arguments):
     """The one sentence with which the command line refuses bad input."""
     capsys.readouterr()
     assert fail(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # no progress bars
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
     if lines[0].startswith("usage:"):  # argparse's own message, below the usage
         lines = lines[-1:]
-    assert len(lines) == 1 and "Traceback" not in lines[0], lines
+    assert len(lines) == 1, lines
     return lines[0]
 
 
@@ -223,13 +224,12 @@ def split_qkv(tensors):
 def official_checkpoint(model):
     """A checkpoint in the layout of the authors' released code, of a model as large as this one."""
     tensors = rename_official(split_qkv(model.state_dict()), back=True)
-    take(tensors, "deep_ppt|cross_conv")
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    shapes["vit_base.transformer.encoder.deep_ppt"] = (2, *model.prompt_map.tokens.shape)
-    shapes["vit_base.transformer.encoder.cross_conv"] = (2, model.vit.dim)
-    for name, shape in shapes.items():
+    for name, shape in (("deep_ppt", model.prompt_map.tokens.shape), ("cross_conv", [model.vit.dim])):
+        take(tensors, name)
+        tensors[f"vit_base.transformer.encoder.{name}"] = torch.empty(2, *shape)
+    for name, tensor in tensors.items():
         mean, std = (1.0, 0.05) if name.endswith("norm.weight") else (0.0, 0.2 if name.endswith("ppt") else 0.03)
-        tensors[name] = draw(name, shape, mean, std)
+        tensors[name] = draw(name, tensor.shape, mean, std)
     own = take(dict(tensors), r"layer\.\d+\.att")
     return tensors | vit.rename(own, {ours: theirs for theirs, ours in COPIES.items()})
 
@@ -237,28 +237,25 @@ def official_checkpoint(model):
 def load_official(path, scale=0.1, heads=None):
     """A checkpoint of the authors' released code as an SA2VP. `scale` and `heads` are not in the file.
 
-    With one new prompt map in place of two (cars) it enters at layer 4. ValueError names what does not fit.
+    With one new prompt map in place of two (cars) it enters at layer 4. ValueError names a tensor that does not fit.
     """
-    try:
-        tensors = vit.rename(vit.flatten(vit.read_file(path)), {r"^model\.": ""})
-        for name, tensor in vit.rename(take(tensors, r"cross_attn\.\d+\.att"), COPIES).items():
-            if not torch.equal(tensor, tensors[name]):
-                raise ValueError(f"cross_attn has no copy of {name}")
-        for name, stack in take(tensors, "deep_ppt|cross_conv").items():
-            tensors |= {f"{name}.{i}": torch.atleast_2d(part) for i, part in enumerate(stack)}
-        tensors = rename_official(tensors)
-        fusion_layers = [i for i in (4, 8) if f"interactions.{i}.fusion.prompt_map.tokens" in tensors]
-        if fusion_layers == [4]:
-            take(tensors, r"interactions\.8\.fusion")  # the second projection is there, and nothing uses it
-        own = vit.to_timm(vit.rename(take(tensors, r"^vit\."), {r"^vit\.": ""}))
-        dim, _, patch_size, _ = own["patch_embed.proj.weight"].shape
-        image_size = patch_size * math.isqrt(own["pos_embed"].size(1) - 1)
-        backbone = vit.vit_from_tensors(own, heads or dim // 64, image_size)
-        inner_dim = tensors["prompt_map.tokens"].size(-1)
-        model = sa2vp.SA2VP(backbone, len(tensors["head.bias"]), inner_dim, scale, fusion_layers=fusion_layers)
-        sa2vp.load_trained(model, tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint of the released SA2VP: {error}") from None
+    tensors = vit.rename(vit.flatten(vit.read_file(path)), {r"^model\.": ""})
+    for name, tensor in vit.rename(take(tensors, r"cross_attn\.\d+\.att"), COPIES).items():
+        if not torch.equal(tensor, tensors[name]):
+            raise ValueError(f"cross_attn has no copy of {name}")
+    for name, stack in take(tensors, "deep_ppt|cross_conv").items():
+        tensors |= {f"{name}.{i}": torch.atleast_2d(part) for i, part in enumerate(stack)}
+    tensors = rename_official(tensors)
+    fusion_layers = [i for i in (4, 8) if f"interactions.{i}.fusion.prompt_map.tokens" in tensors]
+    if fusion_layers == [4]:
+        take(tensors, r"interactions\.8\.fusion")  # the second projection is there, and nothing uses it
+    own = vit.to_timm(vit.rename(take(tensors, r"^vit\."), {r"^vit\.": ""}))
+    dim, _, patch_size, _ = own["patch_embed.proj.weight"].shape
+    image_size = patch_size * math.isqrt(own["pos_embed"].size(1) - 1)
+    backbone = vit.vit_from_tensors(own, heads or dim // 64, image_size)
+    inner_dim = tensors["prompt_map.tokens"].size(-1)
+    model = sa2vp.SA2VP(backbone, len(tensors["head.bias"]), inner_dim, scale, fusion_layers=fusion_layers)
+    sa2vp.load_trained(model, tensors)
     return model.eval()
 
 
@@ -267,7 +264,7 @@ GOLDEN_LOGITS = [  # of the base pathway and of the prompt pathway
     [[0.3106474, 0.7494106, -0.7767359, -1.8029952], [0.69048494, 0.74388146, 0.3233544, -1.7496935]],
     [[0.12830934, -0.9989903, -0.7256002, -1.7632062], [0.12550925, -1.0010186, -0.7275145, -1.7674283]],
 ]
-GOLDEN_LOSS, GOLDEN_GRADIENT = 6.708690166, 18.182636429
+GOLDEN_LOSS = 6.708690166
 GOLDEN_SQUARED_GRADIENTS = {
     "prompt_map.tokens": 0.00245926411843631,
     "prompt_map.proj.bias": 16.267122676392383,
@@ -287,31 +284,24 @@ def test_equals_the_released_code_forward_and_backward(tmp_path):
     loss = sa2vp.two_pathway_loss(logits, torch.tensor([3, 7]))
     loss.backward()
     trained = sa2vp.trained_parameters(model)
-    squares = {name: tensor.grad.double().square().sum().item() for name, tensor in trained.items()}
     found, tolerance = torch.stack(logits)[..., :4], 1e-5 * logits[0].abs().max().item()
     torch.testing.assert_close(found, torch.tensor(GOLDEN_LOGITS), rtol=0, atol=tolerance)
     assert loss.item() == pytest.approx(GOLDEN_LOSS, rel=1e-5)
-    assert math.sqrt(sum(squares.values())) == pytest.approx(GOLDEN_GRADIENT, rel=1e-5)
     for name, golden in GOLDEN_SQUARED_GRADIENTS.items():
-        assert squares[name] == pytest.approx(golden, rel=2e-5), name  # a square: twice 1e-5
+        square = trained[name].grad.double().square().sum().item()
+        assert square == pytest.approx(golden, rel=2e-5), name  # a square: twice 1e-5
 
 
 def test_an_official_checkpoint_may_have_one_new_prompt_map_in_layer_4_and_what_is_amiss_is_named(tmp_path):
+    path, encoder = tmp_path / "official.pth", "vit_base.transformer.encoder."
     official = official_checkpoint(sa2vp.SA2VP(small_vit(8, 4, 64, 12, 1), 3))
-
-    def load(name, *shape):
-        torch.save(official | {f"vit_base.transformer.encoder.{name}": torch.zeros(shape)}, tmp_path / "official.pth")
-        return load_official(tmp_path / "official.pth", scale=1.5)
-
-    for name, shape, says in (
-        ("cross_attn.1.attn.to_q.weight", (64, 64), "layer.1.attn.query.weight"),  # no copy
-        ("deep_ppt", (3, 1, 5, 16), "deep_ppt.2"),  # left over
-    ):
-        with pytest.raises(ValueError, match=says):
-            load(name, *shape)
-    model = load("deep_ppt", 1, 1, 5, 16)
+    torch.save(official | {f"{encoder}deep_ppt": torch.zeros(1, 1, 5, 16)}, path)
+    model = load_official(path, scale=1.5)
     assert [bool(interaction.fusion) for interaction in model.interactions] == [i == 4 for i in range(12)]
     assert model.interactions[0].scale == 1.5
+    torch.save(official | {f"{encoder}cross_attn.1.attn.to_q.weight": torch.zeros(64, 64)}, path)
+    with pytest.raises(ValueError, match="no copy of .*layer.1.attn.query.weight"):
+        load_official(path)
 
 
 def gradients(model, logits):
@@ -324,10 +314,9 @@ def literal(model, image, window, distill_layers, fusion_layers, scale=0.5):
     """Equations (1) to (7) for one image, token by token and head by head: (base, prompt) class tokens."""
     backbone = model.vit
     heads = backbone.blocks[0].attn.heads
-    grids = {"B": backbone.grid, "P": model.prompt_grid}
 
-    def neighbours(t, to, of):
-        (h, w), (h2, w2) = grids[to], grids[of]
+    def neighbours(t, grid, other):
+        (h, w), (h2, w2) = grid, other
         if t == 0 or window is None:
             return list(range(1 + h2 * w2))
         y, x = divmod(t - 1, w)
@@ -338,13 +327,13 @@ def literal(model, image, window, distill_layers, fusion_layers, scale=0.5):
 
         return [1 + y2 * w2 + x2 for y2 in range(h2) for x2 in range(w2) if near(y, h, y2, h2) and near(x, w, x2, w2)]
 
-    def message(i, x, y, to, of):
+    def message(i, x, y, grid, other):
         block = backbone.blocks[i]
         q, _, _ = block.attn.qkv(block.norm1(x)).chunk(3, dim=1)
         _, k, v = block.attn.qkv(block.norm1(y)).chunk(3, dim=1)
         heard = []
         for t in range(len(x)):
-            o, us = [], neighbours(t, to, of)
+            o, us = [], neighbours(t, grid, other)
             for head in torch.arange(q.size(1)).chunk(heads):
                 weights = (k[us][:, head] @ q[t, head] / math.sqrt(len(head))).softmax(dim=0)
                 o.append(weights @ v[us][:, head])
@@ -353,7 +342,7 @@ def literal(model, image, window, distill_layers, fusion_layers, scale=0.5):
         adapter = model.interactions[i].adapter
         return scale * adapter.up(F.gelu(adapter.down(adapter.norm(z))))
 
-    positions = vit.interpolate_positions(backbone.pos_embed, grids["B"], grids["P"])[0]
+    positions = vit.interpolate_positions(backbone.pos_embed, backbone.grid, model.prompt_grid)[0]
     base = torch.cat([backbone.cls_token[0], backbone.patch_embed(image[None])[0].T]) + backbone.pos_embed[0]
     prompt = model.prompt_map.tokens[0] @ model.prompt_map.proj.weight.T + model.prompt_map.proj.bias + positions
     for i, block in enumerate(backbone.blocks):
@@ -362,24 +351,21 @@ def literal(model, image, window, distill_layers, fusion_layers, scale=0.5):
             fusion = model.interactions[i].fusion
             next_prompt = next_prompt + fusion.gate * block(fusion.prompt_map())[0]
         if i in distill_layers:
-            next_prompt = next_prompt + message(i, prompt, base, "P", "B")
+            next_prompt = next_prompt + message(i, prompt, base, model.prompt_grid, backbone.grid)
         else:
-            next_base = next_base + message(i, base, prompt, "B", "P")
+            next_base = next_base + message(i, base, prompt, backbone.grid, model.prompt_grid)
         base, prompt = next_base, next_prompt
     return model.head(backbone.norm(base[0])), model.head(backbone.norm(prompt[0]))
 
 
-@pytest.mark.parametrize(
-    "prompt_grid, window, distill, fusion",
-    [
-        (None, 3, (0, 4), (4,)),  # the paper's
-        (None, 5, (), ()),  # every layer prompts
-        (None, None, (1, 2), (2,)),  # no alignment
-        ((2, 2), 3, (0, 4), (0, 4)),  # a smaller map, not in proportion
-        ((5, 7), 3, (0, 1, 2, 3, 4), (1,)),  # a larger one; every layer distils
-        ((6, 8), 1, (2,), ()),
-    ],
-)
+@pytest.mark.parametrize("prompt_grid, window, distill, fusion", [
+    (None, 3, (0, 4), (4,)),  # the paper's
+    (None, 5, (), ()),  # every layer prompts
+    (None, None, (1, 2), (2,)),  # no alignment
+    ((2, 2), 3, (0, 4), (0, 4)),  # a smaller map, not in proportion
+    ((5, 7), 3, (0, 1, 2, 3, 4), (1,)),  # a larger one; every layer distils
+    ((6, 8), 1, (2,), ()),
+])  # fmt: skip
 def test_equals_the_equations_taken_literally_token_by_token(prompt_grid, window, distill, fusion):
     model = small_model(prompt_grid=prompt_grid, window=window, distill_layers=distill, fusion_layers=fusion)
     images = small_images()  # a grid of 3 x 4
@@ -393,11 +379,9 @@ def test_trained_parameters_are_as_many_as_the_paper_says():
     backbone = vit.VisionTransformer()
     for count, method, options in (
         (85_798_656, "full", {}),  # the others freeze the backbone
-        (202_200, "sa2vp", {"inner_dim": 8}),
         (372_912, "sa2vp", {"inner_dim": 16}),
         (365_856, "sa2vp", {"inner_dim": 16, "prompt_grid": (7, 7)}),
         (1_333_888, "sa2vp", {"inner_dim": 64, "fusion_layers": (4,)}),  # cars
-        (0, "linear", {}),
         (322_752, "adapter", {"inner_dim": 16}),
         (460_800, "vpt", {}),
     ):
@@ -589,18 +573,15 @@ STEMS = {  # how files of the same backbone are named, and what they are
     "float32": safetensors,
     "float16": lambda state: safetensors(state, "F16", torch.float16),
     "bfloat16": lambda state: safetensors(state, "BF16", torch.bfloat16),
-    "ddp": pytorch("module.", **{"optimizer": torch.ones(1)}),
-    "compiled": lambda state: {"epoch": 3, "weights": pytorch("_orig_mod.")(state)},
     "lightning": lambda state: {"state_dict": pytorch("model.backbone.", **{"criterion.weight": torch.ones(2)})(state)},
     "moco": lambda state: {"state_dict": pytorch("module.base_encoder.")(state)
                            | pytorch("module.momentum_encoder.")({name: -t for name, t in state.items()})
                            | {"module.predictor.0.weight": torch.ones(2)}},
     "dino": lambda state: {"student": pytorch("module.backbone.")({name: -t for name, t in state.items()}),
                            "teacher": pytorch("backbone.")(state)},
-    "transformers": hugging_face("encoder.layer.", DENSE | NORMS | {"mlp.fc1": "intermediate.dense",
-                                                                    "mlp.fc2": "output.dense"}),
+    "transformers": lambda state: pytorch("vit.", **{"classifier.weight": torch.ones(2)})(hugging_face(
+        "encoder.layer.", DENSE | NORMS | {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"})(state)),
     "transformers 5": hugging_face("layers.", SHORT | NORMS | {r"attention\.proj": "attention.o_proj"}),
-    "classifier": lambda state: pytorch("vit.", **{"classifier.weight": torch.ones(2)})(STEMS["transformers"](state)),
 }  # fmt: skip
 
 
@@ -618,10 +599,9 @@ def test_a_backbone_is_found_in_every_kind_of_file_under_every_publishers_names_
     assert loaded.notes == ([f"{taken} of 2 encoders in the file"] if taken else [])
 
 
-@pytest.mark.parametrize(
-    "rename, names",
-    [(dict, "blocks.{}.ls{}.gamma"), (hugging_face("encoder.layer.", DENSE), "encoder.layer.{}.layer_scale{}.lambda1")],
-)
+@pytest.mark.parametrize("rename, names", [
+    (dict, "blocks.{}.ls{}.gamma"), (hugging_face("encoder.layer.", DENSE), "encoder.layer.{}.layer_scale{}.lambda1"),
+])  # fmt: skip
 def test_layer_scale_is_folded_into_the_layers_before_it(tmp_path, rename, names):
     backbone, images, gains = small_vit(), torch.randn(2, 3, 32, 32), {}
     state = rename(backbone.state_dict())
@@ -649,21 +629,18 @@ def test_heads_and_normalization_are_those_of_the_configuration_beside_the_link_
     torch.save(small_vit().state_dict(), tmp_path / "2fb4")
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot/model").symlink_to("../2fb4")
-
-    def load(config, preprocessor, heads=2):
-        write(tmp_path / "snapshot", {"config.json": config, "preprocessor_config.json": json.dumps(preprocessor)})
-        return vit.load_vit(tmp_path / "snapshot/model", 32, heads=heads)
-
-    for name, (mean, std) in vit.NORMALIZE.items():
-        assert load({"pretrained_cfg": {"mean": mean, "std": std}}, {}).normalize == name  # timm's
-    loaded = load({"num_attention_heads": 4}, {"image_mean": mean, "image_std": std}, heads=None)
-    assert (loaded.normalize, loaded.blocks[0].attn.heads, loaded.notes) == (name, 4, [])
-    for preprocessor, says in (
-        ({"image_mean": [0.48] * 3, "image_std": [0.26] * 3}, "give --normalize"),
-        ([1], "preprocessor_config.json is damaged"),
+    (mean, std), heads, name = vit.NORMALIZE["half"], {"num_attention_heads": 4}, "preprocessor_config.json"
+    for files in (
+        {"config.json": heads | {"pretrained_cfg": {"mean": mean, "std": std}}},  # timm's
+        {"config.json": heads, name: {"image_mean": mean, "image_std": std}},
     ):
+        write(tmp_path / "snapshot", files)
+        loaded = vit.load_vit(tmp_path / "snapshot/model", 32)
+        assert (loaded.normalize, loaded.blocks[0].attn.heads, loaded.notes) == ("half", 4, [])
+    for content, says in (({"image_mean": [0.48], "image_std": [0.26]}, "--normalize"), ("[1]", f"{name} is damaged")):
+        write(tmp_path / "snapshot", {name: content})
         with pytest.raises(vit.InputError, match=says):
-            load({}, preprocessor)
+            vit.load_vit(tmp_path / "snapshot/model", 32)
 
 
 def test_position_embeddings_are_interpolated_to_another_grid(tmp_path):
@@ -678,16 +655,14 @@ def test_position_embeddings_are_interpolated_to_another_grid(tmp_path):
         vit.load_vit(tmp_path / "vit.pth", image_size=(32, 128), heads=2)
 
 
-DAMAGES = [(b"@@", b"@"), (b"F32", b"I64"), (b"\0{", b"\1{"), (b"{", b"["), (b"[8, 20]", b"[4, 16]"), (b"[3]", b"[4]")]
-
-
 def test_what_holds_no_plain_vit_is_refused_in_one_sentence_with_the_reason(tmp_path):
     path, state = tmp_path / "vit.pth", small_vit().state_dict()
     whole = safetensors({"a": torch.ones(2), "b": torch.arange(1.0, 4.0)})  # in float32 3.0 is 00@@
+    damages = (b"@@", b"@"), (b"F32", b"I64"), (b"\0{", b"\1{"), (b"[8, 20]", b"[4, 16]"), (b"[3]", b"[4]")
     missing = ("blocks.1.mlp.fc2.bias", "patch_embed.proj.weight", "pos_embed")
     wrong = ("norm.bias", "surplus", "blocks.0.gamma_1", "reg_token", "register_tokens", "dist_token")
     for content, says in (
-        *((whole.replace(*damage), "vit.pth is cut short or damaged") for damage in DAMAGES),
+        *((whole.replace(*damage), "vit.pth is cut short or damaged") for damage in damages),
         (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYPE html>"),
         (b"", "begins with b''"),
         (torch.nn.Linear(2, 2), "save a state_dict"),
@@ -705,8 +680,6 @@ def test_what_holds_no_plain_vit_is_refused_in_one_sentence_with_the_reason(tmp_
         assert all(part in str(refused.value) for part in (str(path), says)) and "\n" not in str(refused.value)
     with pytest.raises(vit.InputError, match="width 16 is not a multiple of 64: .*--heads"):
         vit.load_vit(path, 32)
-    with pytest.raises(vit.InputError, match="there is no file"):
-        vit.load_vit(tmp_path)
 
 
 def test_a_fingerprint_tells_backbones_apart_by_any_tensor():
@@ -749,17 +722,19 @@ def server(tmp_path, monkeypatch):
 
 def test_weights_by_name_are_downloaded_once_and_never_kept_damaged(server, files, tmp_path, monkeypatch):
     content, cache = (files / "vit.pth").read_bytes(), tmp_path / "cache"
-    digits = hashlib.sha256(content).hexdigest()[:8]
     monkeypatch.setattr(torch.hub, "get_dir", lambda: cache)
-    for published, known in ((content, "00000000"), (content[:-99], None), (content, digits)):
+
+    def load(published, digits):
         write(server.folder, {"tiny.pth": published})
-        monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", known, "half"))
-        if known != digits:  # a wrong checksum; cut short, and none is known
-            with pytest.raises(vit.InputError, match="fetch it and give --weights PATH"):
-                vit.load_vit("deit-tiny")
-            assert not list(cache.rglob("*.*"))
-    vit.load_vit("deit-tiny")
-    shutil.rmtree(server.folder)
+        monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", digits, "half"))
+        vit.load_vit("deit-tiny")
+
+    for published, digits in ((content, "00000000"), (content[:-99], None)):  # the last is cut short
+        with pytest.raises(vit.InputError, match="fetch it and give --weights PATH"):
+            load(published, digits)
+        assert not list(cache.rglob("*.*"))
+    load(content, hashlib.sha256(content).hexdigest()[:8])
+    monkeypatch.delattr(torch.hub, "download_url_to_file")
     loaded = vit.load_vit("deit-tiny")
     assert (loaded.dim, loaded.normalize, loaded.notes) == (64, "half", [])
     assert [path.name for path in cache.rglob("*.*")] == ["deit-tiny.pth"]
@@ -781,7 +756,7 @@ def test_two_downloads_at_once_do_not_disturb_one_another(files, tmp_path, monke
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     with pytest.raises(error) if error is KeyboardInterrupt else contextlib.nullcontext():
         assert vit.download("deit-tiny") == place
-    assert len(set(parts)) == 2 and place not in parts and os.listdir(place.parent) == [place.name]
+    assert len(set(parts)) == 2 and os.listdir(place.parent) == [place.name]
 
 
 # ---------------------------------------------------------------------- training
@@ -805,19 +780,19 @@ def test_weight_decay_is_on_matrices_prompt_maps_and_gates_alone():
 
 
 @pytest.mark.parametrize("method", sa2vp.METHODS)
-def test_a_run_writes_what_it_promises_and_leaves_the_backbone_bit_for_bit(run, files, monkeypatch, capsys, method):
-    models, prepare = [], train.prepare
-    monkeypatch.setattr(train, "prepare", lambda *given: models.append(prepare(*given)) or models[-1])
-    out = run("--method", method, "--epochs", 2)
-    before, after = vit.load_vit(files / "vit.pth").state_dict(), models[0][1].vit.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before) == (method != "full")
+def test_a_run_writes_what_it_promises_and_leaves_the_backbone_bit_for_bit(run, monkeypatch, capsys, method):
+    models, build, images = [], sa2vp.build, torch.randn(2, 3, 224, 224)
+    monkeypatch.setattr(sa2vp, "build", lambda *given: models.append(build(*given)) or models[-1])
+    out = run("--method", method, "--epochs", 2, "--warmup-epochs", 1, "--lr", 0.01)
+    found, best, (model,) = result(out), checkpoint(out / "best.pt"), models
     assert sorted(os.listdir(out)) == ["best.pt", "last.pt", "metrics.csv", "result.json"]
-    found, best = result(out), checkpoint(out / "best.pt")
-    assert found["settings"] == json.loads(json.dumps(best["settings"])) and found["settings"]["method"] == method
-    assert (found["prompt_accuracy"] is None) == (method != "sa2vp")
-    assert [row["epoch"] for row in table(out / "metrics.csv")] == ["1", "2"]
+    assert (found["prompt_accuracy"] is None, found["trainable"]) == (method != "sa2vp", sa2vp.count_trained(model))
+    rows = [(row["epoch"], float(row["lr"])) for row in table(out / "metrics.csv")]
+    assert rows == [("1", 0.01), ("2", train.learning_rate(3, 2, 4, 0.01))]  # an epoch has 2 steps
     assert any(name.startswith("vit.") for name in best["trained"]) == (method == "full")
-    assert found["trainable"] == sum(t.numel() for n, t in best["trained"].items() if not n.startswith("head."))
+    assert (vit.fingerprint(model.vit) == best["fingerprint"]) == (method != "full")
+    loaded = sa2vp.load(out)[0]
+    assert torch.equal(loaded(images)[0], model(images)[0]) and not loaded.training
     printed = capsys.readouterr().out
     assert "batch_size=4, lr=" in printed and "\n4 training steps are few" in printed
 
@@ -841,19 +816,16 @@ def test_of_epochs_with_equal_validation_accuracy_the_last_is_kept_tested_and_re
         return next(accuracies), None
 
     monkeypatch.setattr(train, "evaluate", pretended)
-    out = run("--lr", 0.01, "--epochs", 4)
-    found = result(out)
+    found = result(run("--lr", 0.01, "--epochs", 4))
     assert (found["val_accuracy"], found["best_epoch"], found["accuracy"]) == (30.0, 3, 5.0)
     assert [torch.equal(weight, tested[4]) for weight in tested] == [False, False, True, False, True]
-    assert torch.equal(checkpoint(out / "best.pt")["trained"]["head.weight"], tested[2])
 
 
 def test_every_epoch_has_its_own_order_crops_and_dropout_and_runs_of_a_seed_the_same(settings, tmp_path, monkeypatch):
     seen = []
 
     def record(model, batches, *_):
-        order, seeds = zip(*batches.sampler)
-        seen.append((order, seeds, torch.rand(1).item()))
+        seen.append((*zip(*batches.sampler), torch.rand(1).item()))  # order, seeds of crops, dropout
         assert "RandomCrop" in str(batches.dataset.transform)
         return 0.0, 0.0
 
@@ -866,22 +838,11 @@ def test_every_epoch_has_its_own_order_crops_and_dropout_and_runs_of_a_seed_the_
 
 
 def test_dropout_is_on_in_training_alone(run, monkeypatch):
-    modes, forward = [], sa2vp.SA2VP.forward
-
-    def record(model, images):
-        modes.append((model.training, torch.is_inference_mode_enabled()))
-        return forward(model, images)
-
-    monkeypatch.setattr(sa2vp.SA2VP, "forward", record)
+    modes = []
+    monkeypatch.setattr(F, "dropout", lambda x, p, training, _: modes.append((training, torch.is_grad_enabled())) or x)
     run("--epochs", 2)
-    training, evaluation = (True, False), (False, True)
-    assert modes == 2 * [training, training, evaluation] + 2 * [evaluation]
-
-
-def test_the_warm_up_is_counted_in_epochs(run):
-    rates = [float(row["lr"]) for row in table(run("--epochs", 4, "--warmup-epochs", 2, "--lr", 1e-3) / "metrics.csv")]
-    expected = [train.learning_rate(last, 4, 8, 1e-3) for last in (1, 3, 5, 7)]  # an epoch has 2 steps
-    assert rates == pytest.approx(expected) and rates[1] == 1e-3
+    training, evaluation = (True, True), (False, False)
+    assert [mode for mode, _ in itertools.groupby(modes)] == [training, evaluation, training, evaluation]
 
 
 def test_matrix_products_are_in_the_machines_dtype_and_float16_has_a_scaler(settings, tmp_path, monkeypatch):
@@ -896,19 +857,15 @@ def test_matrix_products_are_in_the_machines_dtype_and_float16_has_a_scaler(sett
         seen.clear()
         train.fit(settings(), tmp_path / str(dtype), CPU._replace(dtype=dtype))
         scaler = checkpoint(tmp_path / str(dtype) / "last.pt")["scaler"]
-        full = [isinstance(module, sa2vp.FullPrecisionLinear) for module, _ in seen]  # heads and prompt maps
-        assert {x.dtype for (_, x), is_full in zip(seen, full) if is_full} == {torch.float32}
-        assert {x.dtype for (_, x), is_full in zip(seen, full) if not is_full} == {dtype}
+        assert {x.dtype for module, x in seen if not isinstance(module, sa2vp.FullPrecisionLinear)} == {dtype}
         assert {module.weight.dtype for module, _ in seen if not module.weight.requires_grad} == {dtype}
-        assert bool(scaler) == (dtype == torch.float16)
-    steps = scaler["_growth_tracker"]
-    assert steps > 0
+        assert scaler.get("_growth_tracker") == (2 if dtype == torch.float16 else None)  # an epoch has 2 steps
     for begun in ("torch.bfloat16", "torch.float16"):  # resumes with a new scaler, and with its own
         state = checkpoint(tmp_path / begun / "last.pt")
         state["settings"]["epochs"] = 2
         torch.save(state, tmp_path / begun / "last.pt")
         train.fit(settings(epochs=2, warmup_epochs=0), tmp_path / begun, CPU._replace(dtype=dtype))
-    assert checkpoint(tmp_path / begun / "last.pt")["scaler"]["_growth_tracker"] == 2 * steps
+    assert checkpoint(tmp_path / begun / "last.pt")["scaler"]["_growth_tracker"] == 4
 
 
 def machine(*flags):
@@ -928,8 +885,6 @@ def test_a_gpu_without_bfloat16_in_hardware_takes_float16_and_one_that_does_not_
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         torch.backends.cuda.enable_cudnn_sdp(True)
         assert machine()[:2] == expected and torch.backends.cuda.cudnn_sdp_enabled() == (not works)
-    with pytest.raises(vit.InputError, match="no GPU 0, PyTorch can use 0"):
-        machine("--gpu", "0")
 
 
 def test_workers_are_the_cpus_of_this_process(monkeypatch):
@@ -939,16 +894,12 @@ def test_workers_are_the_cpus_of_this_process(monkeypatch):
 
 
 def outcome(out):
-    """Everything a run leaves but its times."""
+    """Everything a run leaves but its times; a checksum of each tensor."""
     rows = [result(out), *table(out / "metrics.csv")]
     for row in rows:
         row.pop("seconds")
-    return rows, [checkpoint(out / name)["trained"] for name in ("best.pt", "last.pt")]
-
-
-def same(a, b):
-    assert a[0] == b[0]
-    torch.testing.assert_close(a[1], b[1], rtol=0, atol=0)
+    tensors = [item for name in ("best.pt", "last.pt") for item in checkpoint(out / name)["trained"].items()]
+    return rows, [(name, zlib.crc32(tensor.detach().numpy())) for name, tensor in tensors]
 
 
 def interrupt(patch, name, after):
@@ -963,9 +914,7 @@ def interrupt(patch, name, after):
     patch.setattr(train, name, interrupted)
 
 
-def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one_whatever_the_workers(
-    run, command, monkeypatch, capsys
-):
+def test_an_interrupted_run_resumes_to_the_numbers_of_a_whole_one_with_any_workers(run, command, monkeypatch, capsys):
     flags = ["--dropout", 0.2, "--epochs", 3]
     whole = run(*flags, "--workers", 2, out="whole")
     for killed_in in (0, 2):
@@ -973,8 +922,7 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one_whate
         with monkeypatch.context() as patch:
             interrupt(patch, "evaluate", killed_in)
             assert fail(command(*flags, "--out", broken)) == 130
-        assert "resumes after its last completed epoch" in capsys.readouterr().err
-        same(outcome(whole), outcome(run(*flags, out=broken)))
+        assert outcome(whole) == outcome(run(*flags, out=broken))
         assert (f"resuming after epoch {killed_in}" in capsys.readouterr().out) == (killed_in > 0)
 
 
@@ -982,55 +930,34 @@ def test_workers_are_started_once_for_a_run_also_where_they_import_everything_an
     started, make = [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     iterator = lambda loader: started.append(len(loader.dataset.samples)) or make(loader)  # noqa: E731
     monkeypatch.setattr(torch.utils.data.dataloader, "_MultiProcessingDataLoaderIter", iterator)
-    flags = ["--dropout", 0.2, "--epochs", 3]
-    alone = outcome(run(*flags, out="alone"))
     loader = functools.partial(torch.utils.data.DataLoader, multiprocessing_context="forkserver")
     monkeypatch.setattr(data, "DataLoader", loader)
-    same(alone, outcome(run(*flags, "--workers", 1, out="forked")))
+    run("--workers", 1, "--epochs", 3)
     assert started == [10, 2, 8]  # training, validation and test images
 
 
-def test_a_finished_run_is_kept_and_says_so(run, capsys):
-    out = run("--lr", 0.003)  # the default, spelled out
-    before = (out / "best.pt").stat().st_mtime_ns
-    capsys.readouterr()
-    assert run() == out and (out / "best.pt").stat().st_mtime_ns == before
-    assert re.fullmatch(
-        r"\S+ holds this run, finished, and is kept; delete it to train anew\n"
-        r"\S+: test .* in epoch 1, trained for \d+ s\n",
-        capsys.readouterr().out.lstrip(),
-    )
-    shutil.rmtree(out)
-    assert run() == out and (out / "best.pt").stat().st_mtime_ns > before
-
-
 def test_a_run_of_other_settings_images_classes_or_backbone_is_refused_with_a_sentence(run, command, files, capsys):
-    shutil.copytree(files / "insects", "insects")
-    flags = ["--data", "insects", "--fusion-layers", "none"]
+    flags = ["--window", "none", "--fusion-layers", "none"]
     out = run(*flags)
-    before, last, found = outcome(out), checkpoint(out / "last.pt"), (out / "result.json").read_text()
-    other = json.loads(found)
-    other["settings"]["fusion_layers"] = None
-    write(out, {"result.json": other})
-    assert "is of a run with fusion_layers None, not ()" in refusal(capsys, command(*flags))
-    for damaged in ("{", "[]", "{}"):
-        write(out, {"result.json": damaged})
+    before, last = outcome(out), checkpoint(out / "last.pt")
+    assert last["digest"] == data.digest(data.load(data.find(str(files / "insects")), "data"))
+    other = last["settings"] | {"fusion_layers": None}
+    for content in ("[]", "{", {}):
+        write(out, {"result.json": content})
         assert "result.json is damaged or of another version: delete it" in refusal(capsys, command(*flags))
-    (out / "result.json").unlink()
-    torch.save(last | {"settings": last["settings"] | {"fusion_layers": None}}, out / "last.pt")
+    write(out, {"result.json": {"settings": other}})
     assert "is of a run with fusion_layers None, not ()" in refusal(capsys, command(*flags))
-    torch.save(last | {"fingerprint": "another"}, out / "last.pt")
-    assert "begun with another backbone" in refusal(capsys, command(*flags))
+    (out / "result.json").unlink()
+    for content, says in (
+        (last | {"settings": other}, "is of a run with fusion_layers None, not ()"),
+        (last | {"fingerprint": "another"}, "begun with another backbone"),
+        (last | {"digest": "another"}, "begun with other images or classes"),
+        ({}, "last.pt is damaged or of another version: delete it"),
+    ):
+        torch.save(content, out / "last.pt")
+        assert says in refusal(capsys, command(*flags))
     torch.save(last, out / "last.pt")
-    write(Path(), {"insects/train/ant/new.png": None})
-    data.folder_row.cache_clear()  # as in another command
-    assert "begun with other images or classes" in refusal(capsys, command(*flags))
-    Path("insects/train/ant/new.png").unlink()
-    data.folder_row.cache_clear()
-    write(out, {"last.pt": "something else"})
-    assert "last.pt" in refusal(capsys, command(*flags))
-    torch.save(last, out / "last.pt")
-    same(before, outcome(run(*flags)))
+    assert outcome(run(*flags)) == before
     assert f"{out} is the folder of one run" in refusal(capsys, command("--out", out))
 
 
@@ -1178,7 +1105,6 @@ def test_a_damaged_download_leaves_nothing_and_a_whole_one_ends_in_a_test_accura
     shutil.rmtree(server.folder)
     train.main(["--eval", str(out / "best.pt"), "--cpu"])  # a run remembers where its data is
     assert f"test {result(out)['accuracy']:.2f} %" in capsys.readouterr().out
-    assert sorted(os.listdir("root")) == ["CUB_200_2011", "dogs"]
 
 
 @pytest.mark.parametrize("member, kind", [("../out", "0"), ("link", "2"), ("", None)])
@@ -1315,6 +1241,7 @@ def test_what_is_left_out_of_a_folder_is_counted_and_system_names_are_neither_cl
     (images("train/ant", "train/bee", "test/cow"), "of ant, bee and none of cow"),
     (images("ant", "bee", count=1), "too few images to hold out"),
     (images("ant", "bee") | {"bee/x.jpg": "no image"}, "x.jpg: cannot identify image file"),
+    (images("ant", "bee") | {"bee/x.pgm": "P5 20000 20000 255\n"}, "x.pgm: .*exceeds limit"),
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_used_is_refused_with_the_reason(tmp_path, files, says):
     with pytest.raises(data.DataError, match=says):
@@ -1346,9 +1273,9 @@ def test_a_digest_changes_with_files_labels_splits_and_classes_and_not_with_plac
     assert data.digest(read_folder(tmp_path / "b", images("ant", "bee"))) == before
     (*rest, (image, label)), grey = splits.train, np.full((4, 4, 3), 128, np.uint8)
     others = [splits._replace(classes=["bee", "ant"]), splits._replace(train=[*rest, (image, 1 - label)]),
-              splits._replace(train=rest, val=[(image, label), *splits.val]), splits._replace(train=rest),
+              splits._replace(train=rest, val=[(image, label), *splits.val]),
               *(data.Splits([(grey + i, 0)], [], [], ["a"], "") for i in (0, 1))]  # fmt: skip
-    assert len({before, *map(data.digest, others)}) == 7
+    assert len({before, *map(data.digest, others)}) == 6
     image.write_bytes(image.read_bytes() + b" ")
     assert data.digest(splits) != before
 
@@ -1374,24 +1301,18 @@ def test_the_target_task_of_the_drawn_pictures_is_the_direction_from_red_to_blue
         assert math.cos(angle) * dx + math.sin(angle) * dy > 0.85 * math.hypot(dx, dy), data.DIRECTIONS[label]
 
 
-def test_transforms_are_the_papers():
-    """On a picture whose red is x and whose green is y, side, offset and mirroring can be read off."""
-    down = Image.linear_gradient("L")
-    picture = Image.merge("RGB", (down.transpose(Image.Transpose.ROTATE_90), down, down)).resize((800, 400))
-
-    def span(crop, training=False):  # (left, top, right, bottom), from 0 to 1
-        red, green, _ = (1 + data.transform(crop, (224, 224), (0.5,) * 3, (0.5,) * 3, training)(picture)) / 2
-        return np.array([red[0, 0], green[0, 0], red[0, -1], green[-1, 0]])
-
-    for training in (False, True):  # squeezed, always the same
-        assert span(False, training) == pytest.approx([0, 0, 1, 1], abs=0.01)
-    # 400 pixels become 256, of which 224 are kept: 0.875 of the height and 0.4375 of the width.
-    assert span(True) == pytest.approx([0.281, 0.063, 0.719, 0.937], abs=0.01)
-    torch.manual_seed(0)
-    left, top, right, bottom = np.transpose([span(True, training=True) for _ in range(40)])
-    assert abs(right - left) == pytest.approx(0.4375, abs=0.01) and bottom - top == pytest.approx(0.875, abs=0.01)
-    assert 8 < sum(left > right) < 32  # mirrored
-    assert min(len(set(edge)) for edge in (left, top)) > 15
+@pytest.mark.parametrize("crop, training, expected", [
+    (False, True, [("Resize", (224, 208))]),  # squeezed
+    (False, False, [("Resize", (224, 208))]),
+    (True, True, [("Resize", 238), ("RandomCrop", (224, 208)), ("RandomHorizontalFlip", None)]),  # 208 * 256 / 224
+    (True, False, [("Resize", 238), ("CenterCrop", (224, 208))]),
+])  # fmt: skip
+def test_transforms_are_the_papers(crop, training, expected):
+    transform = data.transform(crop, (224, 208), mean=(0.5, 0.75, 1.0), std=(0.5, 0.25, 0.1), training=training)
+    steps = [(type(step).__name__, getattr(step, "size", None)) for step in transform.transforms]
+    assert steps == [*expected, ("ToTensor", None), ("Normalize", None)]
+    white = transform(Image.new("RGB", (300, 400), "white"))
+    assert white.flatten(1).unique(dim=1).tolist() == [[1], [1], [0]]  # every pixel
 
 
 def saved(path, pixels, **options):
@@ -1442,102 +1363,55 @@ def test_images_are_upright_however_damaged_their_other_metadata_are(tmp_path, k
         check(0, b"Exif\0\0garbage")
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"no image", "cannot identify image file"),
-    (b"P5 9 9 255\n1", "truncated"),
-    (b"P5 20000 20000 255\n", "exceeds limit"),
-])  # fmt: skip
-def test_an_image_is_refused_with_pillows_reason(tmp_path, content, says):
-    write(tmp_path, {"bad.pgm": content})
-    with pytest.raises(data.DataError, match=f"cannot read the image {tmp_path / 'bad.pgm'}: .*{says}"):
-        data.open_picture(tmp_path / "bad.pgm")
-
-
 # ---------------------------------------------------------------------- several runs
 
 
-def combinations(given, ablate=False):
-    return train.list_combinations({"method": ["sa2vp"], "seed": [42]} | given, ablate)
-
-
-def test_runs_are_the_combinations_of_what_was_given():
-    assert list(combinations({"data": ["shapes"]})) == [("shapes", "sa2vp")]
-    given = {"data": ["fgvc", "vtab/dmlab"], "method": ["linear", "sa2vp"]}
-    given |= {"lr": [1e-3, 5e-3], "scale": [0.1, 0.5], "seed": [7, 8]}
-    found = combinations(given)
-    names = [*data.GROUPS["fgvc"], "vtab/dmlab"]
-    assert list(found) == [(name, method) for name in names for method in given["method"]]
-    linear, sa2vp = ([(choice["lr"], choice.get("scale")) for choice in found["cub", name]] for name in given["method"])
-    assert linear == [(1e-3, None), (5e-3, None)]
-    assert sa2vp == [(1e-3, 0.1), (1e-3, 0.5), (5e-3, 0.1), (5e-3, 0.5)]
-    assert all(choice["seed"] == 7 for choices in found.values() for choice in choices)  # the first, in a search
-
-
-def test_defaults_are_the_methods_own_and_every_method_has_just_its_options():
+def test_defaults_are_the_methods_own():
     signature = inspect.signature(sa2vp.SA2VP).parameters
     for name in sa2vp.options("sa2vp"):
         assert train.DEFAULTS[name] == signature[name].default
     assert train.DEFAULTS["prompts"] == inspect.signature(sa2vp.VPTDeep).parameters["prompts"].default
-    for method, others in (("vpt", {"prompts"}), ("adapter", {"inner_dim", "scale", "dropout"}), ("linear", set())):
-        found = train.complete_settings({"data": "cub", "method": method}).keys()
-        assert found & (sa2vp.options("sa2vp") | {"prompts"}) == others
 
 
 def test_an_ablation_trains_every_variant_which_changes_just_what_it_names(run):
-    expected = {
-        "full-method": {}, "linear-probe": {"method": "linear"}, "no-prompts": {"method": "adapter"},
-        "window-none": {"window": None}, "window-1": {"window": 1}, "window-5": {"window": 5},
-        "no-distillation": {"distill_layers": (), "fusion_layers": ()}, "no-fusion": {"fusion_layers": ()},
-        "half-size-map": {"prompt_grid": "half"},
+    folders = {
+        "full-method": "cub-sa2vp-scale0.5", "linear-probe": "cub-linear", "no-prompts": "cub-adapter-scale0.5",
+        "window-none": "cub-sa2vp-scale0.5-windownone", "window-1": "cub-sa2vp-scale0.5-window1",
+        "window-5": "cub-sa2vp-scale0.5-window5", "no-fusion": "cub-sa2vp-scale0.5-fusion_layersnone",
+        "no-distillation": "cub-sa2vp-scale0.5-distill_layersnone-fusion_layersnone",
+        "half-size-map": "cub-sa2vp-scale0.5-prompt_gridhalf",
     }  # fmt: skip
-    found = combinations({"data": ["cub"], "scale": [0.5], "lr": [0.02]}, ablate=True)
-    full = train.complete_settings({"data": "cub", "method": "sa2vp", "scale": 0.5, "lr": 0.02})
-    assert [variant for _, variant in found] == list(expected)
-    for (_, variant), (choice,) in found.items():
-        assert {name: value for name, value in choice.items() if full[name] != value} == expected[variant]
+    found = train.list_combinations({"data": ["cub"], "seed": [42], "scale": [0.5]}, ablate=True)
+    assert {variant: train.run_name(choice) for (_, variant), (choice,) in found.items()} == folders
     run("--ablate")
-    assert [row["variant"] for row in table(one("runs", "*-ablation-*.csv")) if row["accuracy"]] == list(expected)
-    folder = one("runs", "*windownone*")
-    before = (folder / "best.pt").stat().st_mtime_ns
-    run("--window", "none")  # the same settings are the same folder
-    assert (folder / "best.pt").stat().st_mtime_ns == before
+    rows = table(one("runs", "*-ablation-*.csv"))
+    assert {row["variant"] for row in rows if row["accuracy"]} == folders.keys()
 
 
-def test_several_runs_end_with_one_table_also_after_an_interruption(run, command, monkeypatch, capsys):
+def test_several_runs_end_with_one_table(run, monkeypatch, capsys):
     write(Path("root"), LAYOUTS["cub"] | LAYOUTS["nabirds"])
     monkeypatch.setitem(data.GROUPS, "pair", ["cub", "nabirds"])
-    flags = ["--data", "pair", "--root", "root", "--method", "linear", "--seed", 0, 1]
-    with monkeypatch.context() as patch:
-        interrupt(patch, "evaluate", 5)  # in the third run's test
-        assert fail(command(*flags, "--out", "runs")) == 130
-    first = one("runs", "cub-linear-*seed0/result.json")
-    before = first.stat().st_mtime_ns
-    run(*flags)
+    run("--data", "pair", "--root", "root", "--method", "linear", "--seed", 0, 1)
     rows = table(one("runs", "pair-linear-*seed0+1*.csv"))
-    assert first.stat().st_mtime_ns == before
     assert list(rows[0]) == ["data", "method", "val_accuracy", "accuracy", "std", "seeds", "trainable"]
-    cub, nabirds = ([result(one("runs", f"{name}-linear-*seed{i}"))for i in (0, 1)] for name in ("cub", "nabirds"))
-    cub, nabirds, validation = ([r[key] for r in results] for results, key in (
-        (cub, "accuracy"), (nabirds, "accuracy"), (cub, "val_accuracy")))  # fmt: skip
-    expected = {"cub": np.mean(cub), "nabirds": np.mean(nabirds), "pair": np.mean([cub, nabirds])}
+    found = {name: [result(one("runs", f"{name}-linear-*seed{i}")) for i in (0, 1)] for name in ("cub", "nabirds")}
+    expected = {name: np.mean([r["accuracy"] for r in results]) for name, results in found.items()}
+    expected["pair"] = np.mean(list(expected.values()))
     assert {row["data"]: float(row["accuracy"]) for row in rows} == expected
-    assert float(rows[0]["std"]) == pytest.approx(np.std(cub, ddof=1)) and rows[0]["seeds"] == "2"
-    assert float(rows[0]["val_accuracy"]) == np.mean(validation)  # of all seeds, as accuracy is
+    assert float(rows[0]["val_accuracy"]) == np.mean([r["val_accuracy"] for r in found["cub"]])
     printed = capsys.readouterr().out
     assert printed.splitlines()[-2].startswith("pair ")
 
 
-def test_two_commands_share_the_folder_of_runs_and_a_third_only_prints_their_table(run, command, monkeypatch, capsys):
-    write(Path("root"), LAYOUTS["cub"] | LAYOUTS["nabirds"])
-    flags = ["--root", "root", "--method", "linear", "--out", "runs", "--data"]
-    start = [sys.executable, train.__file__]
-    jobs = [subprocess.Popen([*start, *command(*flags, name)], stderr=subprocess.PIPE) for name in ("cub", "nabirds")]
+def test_two_commands_share_the_folder_of_runs_and_a_third_only_prints_their_table(command, monkeypatch, capsys):
+    flags, start = ["--method", "linear", "--out", "runs", "--seed"], [sys.executable, train.__file__]
+    jobs = [subprocess.Popen([*start, *command(*flags, seed)], stderr=subprocess.PIPE) for seed in (0, 1)]
     for job in jobs:
         assert job.wait(timeout=60) == 0, job.stderr.read()
     monkeypatch.setattr(train, "fit", None)  # there is nothing to train
-    train.main(command(*flags, "cub", "nabirds"))
-    assert capsys.readouterr().out.count("and is kept") == 2
-    assert [row["data"] for row in table(one("runs", "cub+nabirds-*.csv")) if row["accuracy"]] == ["cub", "nabirds"]
+    train.main(command(*flags, 0, 1))
+    assert capsys.readouterr().out.count("holds this run, finished, and is kept; delete it to train anew\n") == 2
+    assert table(one("runs", "*.csv"))[0]["seeds"] == "2"
 
 
 def test_a_run_that_fails_does_not_end_the_others_and_a_bug_keeps_its_traceback(run, command, monkeypatch, capsys):
@@ -1550,12 +1424,12 @@ def test_a_run_that_fails_does_not_end_the_others_and_a_bug_keeps_its_traceback(
         return fit(settings, *rest)
 
     monkeypatch.setattr(train, "fit", failing)
-    for seeds, code in (((0, 3), 2), ((1, 0, 3), 2), ((2, 0, 3), 1)):
+    for seeds, code, reason in (((1, 0, 3), 2, "use a smaller --batch-size"), ((2, 0, 3), 1, "OSError: bug")):
         assert fail(command("--seed", *seeds, "--out", f"{seeds}")) == code
         printed = capsys.readouterr()
-        assert len(list(Path(f"{seeds}").glob("*/result.json"))) == 1 and "seed3" in printed.out
-        assert ("Traceback" in printed.err and "OSError: bug" in printed.err) == (code == 1)
-        assert ("use a smaller --batch-size" in printed.err) == (1 in seeds) and "give another file" in printed.err
+        assert len(list(Path(f"{seeds}").glob("*seed3/result.json"))) == 1
+        assert reason in printed.err and "give another file" in printed.err
+        assert ("Traceback" in printed.err) == (code == 1)
 
 
 def test_a_group_has_mean_and_deviation_of_its_parts_if_every_member_has_every_seed(monkeypatch):
@@ -1602,31 +1476,21 @@ def test_a_search_names_a_run_that_diverges_saves_nothing_of_it_and_tests_the_be
     assert not list(Path("runs").glob("*lr1e+30*/"))
     rows = table(one("runs", "*.csv"))
     assert [bool(row["val_accuracy"]) for row in rows] == [False, True, True, True]
-    best = max(rows[1:3], key=lambda row: float(row["val_accuracy"]))
-    chosen = rows[3]
-    assert chosen["lr"] == best["lr"] and [row["accuracy"] for row in rows[:3]] == [""] * 3
-    results = [result(path) for path in Path("runs").glob("*/")]
-    assert {r["settings"]["lr"]: r["accuracy"] is None for r in results} == {
-        float(row["lr"]): row is not best for row in rows[1:3]}  # fmt: skip
+    (chosen,) = (row for row in rows if row["accuracy"])
     alone = run(*flags, chosen["lr"], out="alone")
     assert float(chosen["accuracy"]) == result(alone)["accuracy"]
 
 
-def test_a_folder_is_named_after_what_differs_from_the_defaults_of_data_set_and_method(files):
+def test_a_folder_is_named_after_what_differs_from_the_defaults_of_data_set_and_method():
     for given, name in (
         ({"data": "cub", "method": "sa2vp", "seed": 1, "lr": 5e-3}, "cub-sa2vp-lr0.005-seed1"),
         ({"data": "cub", "method": "linear", "lr": 1e-2, "batch_size": 64, "warmup_epochs": 10}, "cub-linear"),
         ({"data": "vtab/dmlab", "method": "sa2vp", "scale": 1.5, "batch_size": 64}, "vtab-dmlab-sa2vp-batch_size64"),
         ({"data": "cub", "method": "sa2vp", "epochs": 20, "warmup_epochs": 2}, "cub-sa2vp-epochs20"),
         ({"data": "cub", "method": "full", "epochs": 20, "warmup_epochs": 3}, "cub-full-epochs20-warmup_epochs3"),
-        ({"data": "cub", "method": "sa2vp", "window": None}, "cub-sa2vp-windownone"),
-        ({"data": "cub", "method": "sa2vp", "fusion_layers": ()}, "cub-sa2vp-fusion_layersnone"),
         ({"data": "cub", "method": "vpt", "weights": "x/a:b/c.pth"}, "cub-vpt-weightsa-b-c.pth"),
-        ({"data": "vtab/dmlab", "method": "vpt", "search": True}, "vtab-dmlab-vpt-searchTrue"),
     ):
         assert train.run_name(train.complete_settings(given)) == name
-    insects = {"data": str(files / "insects"), "method": "sa2vp"}
-    assert train.run_name(train.complete_settings(insects)) == f"{files.name}-insects-sa2vp"
     long = [train.file_name({"data": ["cub"], "method": ["vpt"], "lr": [0.1] * n}) for n in (50, 51)]
     assert long[0] != long[1] and long[0][:90] == long[1][:90] and [len(name) for name in long] == [100, 100]
     assert train.file_name({"data": ["../pets"], "method": ["vpt"]}) == "pets-vpt"
@@ -1638,22 +1502,14 @@ def test_a_folder_is_named_after_what_differs_from_the_defaults_of_data_set_and_
 
 
 @pytest.fixture
-def tuned(run, files, monkeypatch):
-    """A function that makes a run with its backbone's weights in vit.pth; (its best.pt, the model it trained)."""
-    shutil.copy(files / "vit.pth", "vit.pth")
-
-    def tuned(method, *flags):
-        models, build = [], sa2vp.build
-        monkeypatch.setattr(sa2vp, "build", lambda *given: models.append(build(*given)) or models[-1])
-        own = ["--method", method, "--weights", "vit.pth", "--heads", 2, "--normalize", "half"]
-        return run(*own, *flags) / "best.pt", models[0]
-
-    return tuned
+def tuned(run, files):
+    """A function that makes a run of two heads with its backbone's weights in vit.pth, and gives its best.pt."""
+    own = ["--weights", shutil.copy(files / "vit.pth", "vit.pth"), "--heads", 2, "--normalize", "half"]
+    return lambda *flags: run(*own, *flags) / "best.pt"
 
 
-def test_a_checkpoint_has_its_own_sizes_and_transforms(tuned, files, monkeypatch, capsys):
-    best, _ = tuned("sa2vp", "--image-size", 96, "--prompt-grid", "3x4")
-    assert "heads 2, patch 32, image 96, normalization half" in capsys.readouterr().out
+def test_a_checkpoint_has_its_own_sizes_and_transforms(tuned, files, monkeypatch):
+    best = tuned("--image-size", 96, "--prompt-grid", "3x4")
     model, meta = sa2vp.load(best)
     assert model.vit.blocks[0].attn.heads == 2 and model.vit.grid == (3, 3) and model.prompt_grid == (3, 4)
     assert meta["input"] == {"crop": True, "image_size": (96, 96), "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -1674,7 +1530,7 @@ def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_
     monkeypatch.setattr(data, "open_picture", lambda image: opened.append(image) or open_picture(image))
     capsys.readouterr()
     train.main(list(map(str, ["--predict", out, bee, folder, "--show", 2, "--cpu"])))
-    assert opened[-2:] == [images[0], images[6]]  # of 13, what is shown is evenly spaced
+    assert opened == [*images, images[0], images[6]]  # of 13, what is shown is evenly spaced
     expected = []
     for image in images:
         pixels = data.transform(**meta["input"])(open_picture(image))
@@ -1683,13 +1539,9 @@ def test_predict_prints_the_five_likeliest_classes_and_show_draws_evenly_spaced_
         right = sorted(zip(probabilities, meta["classes"]), reverse=True)[:5]
         expected += [str(image), *(f"  {probability:7.2%}  {name}" for probability, name in right)]
     assert capsys.readouterr().out.splitlines() == [*expected, f"wrote {out}/show.png"]
-    for given, says in (
-        (["empty"], "no image"),
-        (["absent.jpg"], "absent.jpg"),
-        ([], "takes a run, and then images"),
-        ([bee, "damaged.jpg"], "damaged.jpg"),
-    ):
-        assert says in refusal(capsys, ["--predict", out, *given, "--cpu"])
+    assert "takes a run, and then images" in refusal(capsys, ["--predict", out, "--cpu"])
+    for path, says in (("empty", "no image"), ("absent.jpg", "absent.jpg"), ("damaged.jpg", "damaged.jpg")):
+        assert says in refusal(capsys, ["--predict", out, bee, path, "--cpu"])
 
 
 def test_the_default_run_pretrains_its_backbone_once_and_resumes_after_an_interruption(tmp_path, monkeypatch, capsys):
@@ -1702,24 +1554,19 @@ def test_the_default_run_pretrains_its_backbone_once_and_resumes_after_an_interr
     with monkeypatch.context() as patch:
         interrupt(patch, "evaluate", 1)
         assert fail(flags) == 130
-    capsys.readouterr()
     train.main(flags)
-    assert "pre-training" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("pre-training") == 2  # begun and resumed
     train.main([*flags, "--method", "linear", "--out", "elsewhere"])
     assert "pre-training" not in capsys.readouterr().out
     assert sorted(os.listdir("runs")) == ["shapes-sa2vp-epochs1", "shapes-vit"]
-    assert os.listdir("elsewhere") == ["shapes-linear-epochs1"]
-    assert vit.load_vit("runs/shapes-vit/best.pt", data.SIDE).normalize == "imagenet"
 
 
 def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given(tuned):
-    (path, model), images, weights = tuned("vpt"), torch.randn(2, 3, 224, 224), Path("vit.pth")
+    path, weights = tuned(), Path("vit.pth")
     for place, given in ((weights, None), (path.with_name("vit.pth"), None), (Path("other.pth"), "other.pth")):
         weights = weights.rename(place)
         for file in (path, str(path.parent)):
-            loaded, meta = sa2vp.load(file, weights=given)
-            assert torch.equal(loaded(images)[0], model(images)[0]) and meta["classes"] == ["ant", "bee"]
-            assert not loaded.training
+            sa2vp.load(file, weights=given)
     content = checkpoint(path)
     for name in ("vit.pth", "best.pt"):  # moved elsewhere; the second is called as the run's own
         torch.save(content | {"settings": content["settings"] | {"weights": name}}, path)
@@ -1731,41 +1578,29 @@ def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given
 
 
 def test_a_fully_tuned_model_needs_no_backbone_and_is_one_with_its_own_heads_and_normalization(tuned):
-    (path, model), images = tuned("full"), torch.randn(2, 3, 224, 224)
+    path, images = tuned("--method", "full"), torch.randn(2, 3, 224, 224)
     Path("vit.pth").unlink()
-    assert torch.equal(sa2vp.load(path)[0](images)[0], model(images)[0])
-    backbone = vit.load_vit(path)
+    (model, _), backbone = sa2vp.load(path), vit.load_vit(path)
     assert torch.equal(backbone(images), model.vit(images))
     assert backbone.normalize == "half" and backbone.notes == []
 
 
-def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence(tuned):
-    path, _ = tuned("vpt")
+def test_a_checkpoint_that_does_not_fit_is_named_in_one_sentence(tuned):
+    path = tuned()
     content = checkpoint(path)
-    settings, trained = content["settings"], content["trained"]
+    settings = content["settings"]
     for changed, says in (
-        ({"trained": trained | {"prompts": torch.ones(1)}}, "prompts is"),
-        ({"trained": trained | {3: torch.ones(1)}}, "3 is .* expected nothing"),
-        ({"settings": settings | {"method": "x"}}, "no method x"),
-        ({"settings": settings | {"prompts": "x"}}, "cannot load"),
-        ({"settings": settings | {"weights": None}}, "trained from scratch"),
-        ({"settings": {}}, "method"),
-        ({"backbone": {"patches": 3}}, "patches"),
+        (content | {"trained": content["trained"] | {"prompt_map.tokens": torch.ones(1)}}, "prompt_map.tokens is"),
+        (content | {"settings": settings | {"method": "x"}}, "no method x"),
+        (content | {"settings": settings | {"weights": None}}, "trained from scratch"),
+        (content | {"settings": {}}, "'method'"),
+        (content | {"backbone": {"patches": 3}}, "patches"),
+        ({name: content[name] for name in content if name != "history"}, "no checkpoint of .* no history"),
     ):
-        torch.save(content | changed, path)
+        torch.save(changed, path)
         with pytest.raises(vit.InputError, match=says) as refused:
             sa2vp.load(path)
         assert str(path) in str(refused.value) and "\n" not in str(refused.value)
-    path.write_bytes(path.read_bytes()[:-500])
-    content.pop("history")
-    torch.save(content, "older.pt")
-    for name, says in (
-        (path, "best.pt is cut short or damaged .delete it"),
-        ("older.pt", "is no checkpoint of .* no history"),
-        ("absent.pt", "cannot read .*absent.pt"),
-    ):
-        with pytest.raises(vit.InputError, match=says):
-            sa2vp.load(name)
 
 
 # ---------------------------------------------------------------------- the command line, files and words
@@ -1775,8 +1610,6 @@ def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence
     "flags, part",
     [
         ("--data nonsense", "cub, nabirds, flowers"),
-        ("--data other", "none of wasp"),
-        ("--data damaged", "damaged/val/bee/0.jpg"),
         ("--data cut --workers 1", "could not run: cannot read the image"),  # found by a worker, in the first epoch
         ("--epochs 3 --warmup-epochs 3", "above"),
         ("--batch-size 1000", "fewer than one batch of 1000"),
@@ -1796,7 +1629,7 @@ def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence
         ("--distill-layers 0 --fusion-layers 4", "must be"),
         ("--distill-layers 0,5", "must be"),
         ("--gpu 99", "no GPU 99"),
-        ("--weights absent.pth", "absent.pth"),
+        ("--weights absent.pth", "absent.pth: give --weights"),
         ("--nonsense", "--nonsense"),
         ("--show 3", "--show draws with --eval or --predict"),
         ("--ablate --method vpt", "leave out --method"),
@@ -1807,9 +1640,6 @@ def test_a_checkpoint_that_is_cut_short_or_does_not_fit_is_named_in_one_sentence
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(command, capsys, flags, part):
-    make_folder(Path("other"), {"train": 3, "test": 1})
-    make_folder(Path("other"), {"test": 1}, classes=("wasp",))
-    write(make_folder(Path("damaged")), {"val/bee/0.jpg": b"\xff\xd8 no image"})
     cut = make_folder(Path("cut")) / "train/bee/0.png"
     cut.write_bytes(cut.read_bytes()[:-30])
     given = flags.split()
@@ -1821,36 +1651,25 @@ CONTENTS = {"pt": torch.ones(99), "json": {"a": 1}, "csv": [{"a": 1}], "png": Im
 
 
 @pytest.mark.parametrize("kind", CONTENTS)
-def test_a_file_is_there_whole_or_as_it_was(tmp_path, kind):
-    resource = pytest.importorskip("resource")  # not on Windows
-    path, limit = tmp_path / f"file.{kind}", resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_file_is_there_whole_or_as_it_was_and_no_two_processes_write_to_the_same(tmp_path, monkeypatch, kind):
+    path, parts = tmp_path / f"file.{kind}", [tmp_path / f"file.{kind}"]
     train.save(path, CONTENTS[kind])
     before = path.read_bytes()
     with path.open("rb") as reader:  # who reads the old file reads it to its end
         train.save(path, CONTENTS[kind])
         assert os.fstat(reader.fileno()).st_nlink == 0
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2, limit[1]))  # as if the disk were full
-    try:
-        with pytest.raises(vit.InputError, match=f"cannot write .*file.{kind}: File too large"):
+
+    def stop(part, content):
+        parts.append(part)
+        part.touch()
+        raise error
+
+    monkeypatch.setattr(Path, "write_bytes", stop)
+    for error in (OSError(28, "disk full"), KeyboardInterrupt("Ctrl-C")):
+        with pytest.raises((vit.InputError, KeyboardInterrupt), match=f"cannot write .*file.{kind}: disk full|Ctrl-C"):
             train.save(path, CONTENTS[kind])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
-
-
-def test_two_processes_never_write_to_the_same_file_and_an_interrupted_one_leaves_nothing(tmp_path, monkeypatch):
-    names = []
-
-    def interrupted(path, content):
-        names.append(path.name)
-        path.touch()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_bytes", interrupted)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            train.save(tmp_path / "last.pt", 1)
-    assert len(set(names)) == 2 and not os.listdir(tmp_path)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+    assert len(set(parts)) == 3
 
 
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
@@ -1860,11 +1679,9 @@ def test_the_readmes_program_predicts_and_exports_a_model_that_runs_without_this
     (program,) = re.findall(r"```python\n(from pathlib import Path\n.*?)```", README, re.S)
     (named,) = re.findall(r'sa2vp.load\("(.*?)"\)', program)
     write(Path(), {"new.jpg": None})
-    out = run()
-    capsys.readouterr()
     known = {}
-    exec(program.replace(named, str(out)), known)
-    assert capsys.readouterr().out in ("ant\n", "bee\n")
+    exec(program.replace(named, str(run())), known)
+    assert capsys.readouterr().out.splitlines()[-1] in ("ant", "bee")
     images = torch.cat([known["image"], torch.randn(2, 3, 224, 224)])
     exported = torch.export.load("model.pt2").module()
     torch.testing.assert_close(exported(images), known["model"](images))
@@ -1879,8 +1696,6 @@ def test_the_readmes_measurement_compares_every_method_with_the_frozen_encoder(m
     rows = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == 2 * list(known["models"])
     assert [row[2] for row in rows[:: len(known["models"])]] == 2 * ["ratio 1.00"]
-    dropout = {name: model.vit.drop.p for name, model in known["models"].items()}
-    assert [name for name, rate in dropout.items() if rate] == ["sa2vp {}"]
 
 
 def test_every_link_within_the_readme_leads_to_a_heading():
