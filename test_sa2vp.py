@@ -1842,7 +1842,7 @@ def test_two_processes_never_write_to_the_same_file_and_an_interrupted_one_leave
     names = []
 
     def interrupted(path, content):
-        names.append(path.name)
+        names.append(path)
         path.touch()
         raise KeyboardInterrupt
 

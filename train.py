@@ -19,10 +19,9 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 import traceback
-import uuid
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -481,10 +480,7 @@ def show(path, samples, model, meta, machine):
 
 
 def save(path, content):
-    """Writes a .pt, .png, .json or .csv file. After a crash or on a full disk it is either complete or unchanged.
-
-    InputError if it cannot be written.
-    """
+    """Writes a .pt, .png, .json or .csv file, whole or not at all. InputError if it cannot be written."""
     buffer = io.BytesIO()
     if path.suffix == ".pt":
         torch.save(content, buffer)
@@ -494,20 +490,16 @@ def save(path, content):
         buffer.write(json.dumps(content, indent=2).encode())
     else:
         lines = io.StringIO()
-        writer = csv.DictWriter(lines, content[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(content)
+        csv.writer(lines, lineterminator="\n").writerows([content[0].keys(), *(row.values() for row in content)])
         buffer.write(lines.getvalue().encode())
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # no other process has this name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(buffer.getbuffer())
-        part.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # this process's own
+            part = Path(folder, path.name)
+            part.write_bytes(buffer.getbuffer())
+            part.replace(path)
     except OSError as error:
         raise vit.InputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with suppress(OSError):  # where it was moved, or never made
-            part.unlink()
 
 
 def print_table(rows):
