@@ -532,14 +532,12 @@ def percent(base, prompt=None):
 
 def report(error, what=""):
     """Prints an error. Returns the exit code: 2 for what the user can fix, one sentence; 1 for a bug, its traceback."""
-    message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        message = "not enough GPU memory: use a smaller --batch-size"
-    elif not isinstance(error, (vit.InputError, data.DataError)):
+        error = vit.InputError("not enough GPU memory: use a smaller --batch-size")
+    if not isinstance(error, (vit.InputError, data.DataError)):
         traceback.print_exception(error)
         return 1
-    elif message.startswith("Caught "):  # in a DataLoader's worker: a traceback, whose last line says it
-        message = message.splitlines()[-1].partition(": ")[2]
+    message = str(error).rpartition("DataError: ")[2]  # without the traceback that a DataLoader's worker adds
     print(f"train.py: {what}{' '.join(message.split())}", file=sys.stderr)
     return 2
 
