@@ -1020,11 +1020,11 @@ def test_a_run_of_other_settings_images_classes_or_backbone_is_refused_with_a_se
     torch.save(last | {"settings": last["settings"] | {"fusion_layers": None}}, out / "last.pt")
     assert "is of a run with fusion_layers None, not ()" in refusal(capsys, command(*flags))
     torch.save(last | {"fingerprint": "another"}, out / "last.pt")
-    assert "begun with another backbone" in refusal(capsys, command(*flags))
+    assert "is of a run with fingerprint another, not" in refusal(capsys, command(*flags))
     torch.save(last, out / "last.pt")
     write(Path(), {"insects/train/ant/new.png": None})
     data.folder_row.cache_clear()  # as in another command
-    assert "begun with other images or classes" in refusal(capsys, command(*flags))
+    assert "is of a run with digest" in refusal(capsys, command(*flags))
     Path("insects/train/ant/new.png").unlink()
     data.folder_row.cache_clear()
     write(out, {"last.pt": "something else"})

@@ -192,16 +192,11 @@ def autocast(machine):
 
 
 def complete_settings(given):
-    """All settings of a run: DEFAULTS, overridden by the data set's row, overridden by what was given.
-
-    Options of other methods than the run's are left out.
-    """
+    """All settings of a run, from what was given: {setting: value}, without the options of other methods."""
     row, method = data.find(given["data"]), given["method"]
     settings = DEFAULTS | row.settings | given
-    if settings["lr"] is None:
-        settings["lr"] = (LEARNING_RATE | row.lr)[method]
-    if settings["warmup_epochs"] is None:
-        settings["warmup_epochs"] = round(settings["epochs"] / 10)
+    usual = {"lr": (LEARNING_RATE | row.lr)[method], "warmup_epochs": round(settings["epochs"] / 10)}
+    settings |= {name: usual[name] for name in usual if settings[name] is None}
     for name, known in (("data", data.TABLE), ("weights", vit.BACKBONES)):
         if settings[name] not in (None, *known):  # a path: the same from every working directory
             settings[name] = os.path.abspath(os.path.expanduser(settings[name]))
@@ -252,12 +247,9 @@ def prepare(settings, machine):
 
 def resume(out, meta, model, optimizer, scaler):
     """Loads the last completed epoch, if there is one. Returns the history, a dict for each completed epoch."""
-    state = read_run(out / "last.pt", meta["settings"])
+    state = read_run(out / "last.pt", meta["settings"] | {name: meta[name] for name in ("fingerprint", "digest")})
     if not state:
         return []
-    for name, what in (("fingerprint", "another backbone"), ("digest", "other images or classes")):
-        if state.get(name) != meta[name]:
-            raise vit.InputError(f"{out} was begun with {what}: delete it to train anew, or give another --out")
     sa2vp.load_trained(model, state["trained"])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty if the run was begun in another dtype than float16
@@ -266,19 +258,20 @@ def resume(out, meta, model, optimizer, scaler):
     return state["history"]
 
 
-def read_run(path, settings):
-    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or of other settings.
+def read_run(path, now):
+    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or other than it is now.
 
-    A folder may hold other settings if DEFAULTS changed, or a path that its name shows only a part of.
+    `now` is the run's settings, with the backbone's `fingerprint` and the `digest` of images and classes where known.
     """
     if not path.exists():
         return {}
     try:
         content = sa2vp.read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_bytes())
-        then = content["settings"]
+        then = content | content["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise vit.InputError(f"{path} is damaged or of another version: delete it to run again") from None
-    for name, value in settings.items():
+    # Settings differ if DEFAULTS have changed since, or where a folder's name has only a part of a path.
+    for name, value in now.items():
         if json.dumps(then.get(name)) != json.dumps(value):  # JSON has lists for tuples
             raise vit.InputError(f"{path} is of a run with {name} {then.get(name)}, not {value}: give another --out")
     return content
