@@ -29,7 +29,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import ImageDraw
-from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -99,10 +98,9 @@ def fit(settings, out, machine, test=True):
         print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {percent(accuracy)}  "
               f"{history[-1]['seconds']:.1f} s")  # fmt: skip
 
-        # The epoch of highest validation accuracy is kept; ties go to the later one. For VTAB-1k it is the last.
         checkpoint = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
-        last_is_kept = accuracy is None or data.find(settings["data"]).vtab
-        if last_is_kept or all(accuracy >= earlier["val_accuracy"] for earlier in history):
+        # The epoch of highest validation accuracy is kept; ties go to the later one. For VTAB-1k it is the last.
+        if data.find(settings["data"]).vtab or all(accuracy >= earlier["val_accuracy"] for earlier in history):
             save(out / "best.pt", checkpoint)
         save(out / "metrics.csv", history)
         save(out / "last.pt", checkpoint | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
@@ -120,6 +118,13 @@ def fit(settings, out, machine, test=True):
     return result
 
 
+def forward(model, images, machine):
+    """The logits of each pathway, computed on the machine with matrix products in its dtype."""
+    images = images.to(machine.device, non_blocking=True)
+    with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
+        return model(images)
+
+
 def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
     """One pass over the training data: (mean loss, last learning rate)."""
     model.train()
@@ -130,11 +135,8 @@ def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
         lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images = images.to(machine.device, non_blocking=True)
-        labels = labels.to(machine.device, non_blocking=True)
         optimizer.zero_grad()
-        with autocast(machine):
-            loss = sa2vp.two_pathway_loss(model(images), labels)
+        loss = sa2vp.two_pathway_loss(forward(model, images, machine), labels.to(machine.device, non_blocking=True))
         # In float16 small gradients would vanish: the scaler multiplies the loss, and divides the gradients again.
         # In other dtypes it does nothing.
         scaler.scale(loss).backward()
@@ -153,11 +155,8 @@ def evaluate(model, batches, machine):
     model.eval()
     correct, count = 0, 0
     for images, labels in batches:
-        images = images.to(machine.device, non_blocking=True)
-        labels = labels.to(machine.device, non_blocking=True)
-        with autocast(machine):
-            logits = torch.stack(model(images))  # (pathways, batch, classes)
-        correct += (logits.argmax(dim=2) == labels).sum(dim=1)  # (pathways,)
+        logits = torch.stack(forward(model, images, machine))  # (pathways, batch, classes)
+        correct += (logits.argmax(dim=2) == labels.to(machine.device, non_blocking=True)).sum(dim=1)  # (pathways,)
         count += len(labels)
     if count == 0:
         return None, None
@@ -168,11 +167,8 @@ def evaluate(model, batches, machine):
 def make_optimizer(model, weight_decay):
     """AdamW, betas (0.9, 0.999); weight decay on matrices, prompt maps and gates, not on biases and norms."""
     trained = sa2vp.trained_parameters(model).values()
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1]},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    decayed, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=weight_decay)
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
@@ -237,7 +233,7 @@ def prepare(settings, machine):
     model = sa2vp.build(backbone, len(splits.classes), settings).to(machine.device)
     for module in model.modules():
         # Otherwise autocast casts the frozen weights anew at every use, and keeps the copies until backward.
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
             module.to(machine.dtype)
     if machine.compile:
         torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
@@ -556,10 +552,8 @@ def layers(value):
 
 def grid(value):
     """A type for argparse: "7x7" or "half"."""
-    if value == "half":
-        return value
-    height, width = map(number(int, 1, 100), value.split("x"))
-    return height, width
+    height, _, width = value.partition("x")
+    return value if value == "half" else tuple(map(number(int, 1, 100), (height, width)))
 
 
 def window(value):
@@ -569,8 +563,7 @@ def window(value):
 
 def make_parser():
     """The command line. A setting that is not given is absent from its result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-12)
     add = parser.add_argument_group("settings, each with one value or several").add_argument
     add = partial(add, nargs="+", metavar="X", default=argparse.SUPPRESS)
@@ -598,7 +591,8 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", type=natural, help="this GPU; default the first, else the CPU")
     add("--cpu", action="store_true", help="no GPU")
-    add("--workers", type=natural, help="processes that load images; default one per CPU, at most 16")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--workers", type=natural, default=min(16, cpus), help="processes that load images; default %(default)s")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--root", type=Path, help="the folder of the data sets; default data")
     add("--out", type=Path, default="runs", help="the folder of all runs; default runs")
@@ -626,9 +620,7 @@ def choose_machine(args):
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         # cuDNN's attention is reported to give NaN or wrong gradients on recent GPUs.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(16, cpus) if args.workers is None else args.workers
-    return Machine(device, dtype, workers, args.compile, args.root or Path("data"))
+    return Machine(device, dtype, args.workers, args.compile, args.root or Path("data"))
 
 
 def use_tuned(args, given, machine):
