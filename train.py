@@ -188,8 +188,8 @@ def complete_settings(given):
     """All settings of a run, from what was given: {setting: value}, without the options of other methods."""
     row, method = data.find(given["data"]), given["method"]
     settings = DEFAULTS | row.settings | given
-    usual = {"lr": (LEARNING_RATE | row.lr)[method], "warmup_epochs": round(settings["epochs"] / 10)}
-    settings |= {name: usual[name] for name in usual if settings[name] is None}
+    if_none = {"lr": (LEARNING_RATE | row.lr)[method], "warmup_epochs": round(settings["epochs"] / 10)}
+    settings |= {name: if_none[name] for name in if_none if settings[name] is None}
     for name, known in (("data", data.TABLE), ("weights", vit.BACKBONES)):
         if settings[name] not in (None, *known):  # a path: the same from every working directory
             settings[name] = os.path.abspath(os.path.expanduser(settings[name]))
@@ -357,8 +357,8 @@ def list_combinations(given):
     variants = [variant for method in given["method"] for variant in (ABLATIONS if method == "ablation" else [method])]
     combinations, unused = {}, set(given) - set(REPEATED)
     for name, variant in itertools.product(data.members(given["data"]), variants):
-        change = ABLATIONS.get(variant, {"method": variant})
-        fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
+        fixed = {"data": name, "seed": given["seed"][0], "method": "sa2vp"}
+        fixed |= ABLATIONS.get(variant, {"method": variant})
         free = [setting for setting in complete_settings(fixed) if setting in given and setting not in fixed]
         unused -= set(free)
         values = itertools.product(*(given[setting] for setting in free))
