@@ -354,10 +354,9 @@ def find_images(paths):
     """The files among the paths, and for each folder all images below it, sorted; DataError for none."""
     found = []
     for path in paths:
-        inside = images_below(path)[0] if os.path.isdir(path) else [path]
-        if not inside:
-            raise DataError(f"there is no image below {path}")
-        found += inside
+        found += images_below(path)[0] if os.path.isdir(path) else [path]
+    if not found:
+        raise DataError(f"there is no image in {[*map(str, paths)]}: give images or folders of them")
     return found
 
 

@@ -19,10 +19,9 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 import traceback
-import uuid
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import ImageDraw
-from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -47,8 +45,7 @@ DEFAULTS = dict(
     batch_size=64, lr=None, weight_decay=1e-4,  # None: the method's LEARNING_RATE
     inner_dim=16, scale=0.1, dropout=0.1,  # r, the rank of the prompt map; s, the weight of a message
     window=3, prompt_grid=None, distill_layers=None, fusion_layers=None,  # sa2vp.SA2VP says what None means
-    prompts=50,  # of vpt
-    seed=42,
+    prompts=50, seed=42,  # prompts: of vpt
     search=False,  # not a flag: in a search VTAB-1k is trained on 800 of its 1,000 images, validated on the others
 )  # fmt: skip
 # Peak learning rates of AdamW: sa2vp's is the paper's, vpt's and linear's were searched on validation data.
@@ -62,17 +59,14 @@ class Machine(NamedTuple):
     dtype: torch.dtype  # of matrix products
     workers: int  # processes that load images
     compile: bool  # run the model through torch.compile
-    root: Path  # the folder of the data sets
+    root: str  # the folder of the data sets
 
 
 # ---------------------------------------------------------------------- the loop
 
 
 def fit(settings, out, machine, test=True):
-    """Trains one run and returns its result, a dict. If out/last.pt is there, the run resumes from it.
-
-    With test=False the test images are not read.
-    """
+    """Trains a run, or resumes it from out/last.pt, and returns its result. With test=False no test images are read."""
     splits, model, meta = prepare(settings, machine)
     optimizer = make_optimizer(model, settings["weight_decay"])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
@@ -97,13 +91,12 @@ def fit(settings, out, machine, test=True):
         history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy,
                             val_prompt_accuracy=prompt_accuracy, seconds=time.perf_counter() - start,
                             peak_memory_mib=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None))  # fmt: skip
-        print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {percent(accuracy)}  "
+        print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {shown(accuracy)} %  "
               f"{history[-1]['seconds']:.1f} s")  # fmt: skip
 
-        # The epoch of highest validation accuracy is kept; ties go to the later one. For VTAB-1k it is the last.
         checkpoint = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
-        last_is_kept = accuracy is None or data.find(settings["data"]).vtab
-        if last_is_kept or all(accuracy >= earlier["val_accuracy"] for earlier in history):
+        # The epoch of highest validation accuracy is kept; ties go to the later one. For VTAB-1k it is the last.
+        if data.find(settings["data"]).vtab or all(accuracy >= earlier["val_accuracy"] for earlier in history):
             save(out / "best.pt", checkpoint)
         save(out / "metrics.csv", history)
         save(out / "last.pt", checkpoint | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
@@ -121,6 +114,13 @@ def fit(settings, out, machine, test=True):
     return result
 
 
+def forward(model, images, machine):
+    """The logits of each pathway, computed on the machine with matrix products in its dtype."""
+    images = images.to(machine.device, non_blocking=True)
+    with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
+        return model(images)
+
+
 def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
     """One pass over the training data: (mean loss, last learning rate)."""
     model.train()
@@ -131,11 +131,8 @@ def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
         lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images = images.to(machine.device, non_blocking=True)
-        labels = labels.to(machine.device, non_blocking=True)
         optimizer.zero_grad()
-        with autocast(machine):
-            loss = sa2vp.two_pathway_loss(model(images), labels)
+        loss = sa2vp.two_pathway_loss(forward(model, images, machine), labels.to(machine.device, non_blocking=True))
         # In float16 small gradients would vanish: the scaler multiplies the loss, and divides the gradients again.
         # In other dtypes it does nothing.
         scaler.scale(loss).backward()
@@ -154,11 +151,8 @@ def evaluate(model, batches, machine):
     model.eval()
     correct, count = 0, 0
     for images, labels in batches:
-        images = images.to(machine.device, non_blocking=True)
-        labels = labels.to(machine.device, non_blocking=True)
-        with autocast(machine):
-            logits = torch.stack(model(images))  # (pathways, batch, classes)
-        correct += (logits.argmax(dim=2) == labels).sum(dim=1)  # (pathways,)
+        logits = torch.stack(forward(model, images, machine))  # (pathways, batch, classes)
+        correct += (logits.argmax(dim=2) == labels.to(machine.device, non_blocking=True)).sum(dim=1)  # (pathways,)
         count += len(labels)
     if count == 0:
         return None, None
@@ -169,11 +163,8 @@ def evaluate(model, batches, machine):
 def make_optimizer(model, weight_decay):
     """AdamW, betas (0.9, 0.999); weight decay on matrices, prompt maps and gates, not on biases and norms."""
     trained = sa2vp.trained_parameters(model).values()
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1]},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    decayed, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=weight_decay)
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
@@ -184,25 +175,20 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
     return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2
 
 
-def autocast(machine):
-    """Matrix products in the machine's dtype."""
-    return torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
-
-
 # ---------------------------------------------------------------------- what a run starts from
+
+# The backbone of the generated images: small, pre-trained here to tell the shape and colour of a thing.
+SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
+PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
+PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
 
 
 def complete_settings(given):
-    """All settings of a run: DEFAULTS, overridden by the data set's row, overridden by what was given.
-
-    Options of other methods than the run's are left out.
-    """
+    """All settings of a run, from what was given: {setting: value}, without the options of other methods."""
     row, method = data.find(given["data"]), given["method"]
     settings = DEFAULTS | row.settings | given
-    if settings["lr"] is None:
-        settings["lr"] = (LEARNING_RATE | row.lr)[method]
-    if settings["warmup_epochs"] is None:
-        settings["warmup_epochs"] = round(settings["epochs"] / 10)
+    if_none = {"lr": (LEARNING_RATE | row.lr)[method], "warmup_epochs": round(settings["epochs"] / 10)}
+    settings |= {name: if_none[name] for name in if_none if settings[name] is None}
     for name, known in (("data", data.TABLE), ("weights", vit.BACKBONES)):
         if settings[name] not in (None, *known):  # a path: the same from every working directory
             settings[name] = os.path.abspath(os.path.expanduser(settings[name]))
@@ -215,6 +201,9 @@ def prepare(settings, machine):
     if settings["epochs"] <= settings["warmup_epochs"]:
         raise vit.InputError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
     row, weights = data.find(settings["data"]), settings["weights"]
+    if weights == os.path.abspath(PRETRAINED) and not PRETRAINED.with_name("result.json").exists():
+        print(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
+        fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
     torch.manual_seed(settings["seed"])  # the small ViT is initialised at random
     if weights:
         backbone = vit.load_vit(weights, settings["image_size"], settings["heads"], settings["normalize"])
@@ -224,9 +213,6 @@ def prepare(settings, machine):
     print(f"{row.name}: {splits.describe()}", *splits.notes, sep="\n")
     print(f"{weights or 'from scratch'}: {backbone.describe()}", *backbone.notes, sep="\n")
     print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
-    steps = settings["epochs"] * (len(splits.train) // settings["batch_size"])
-    if steps < 200:
-        print(f"{steps} training steps are few: use a smaller --batch-size or more --epochs")
 
     mean, std = vit.NORMALIZE[backbone.normalize]
     meta = {
@@ -243,7 +229,7 @@ def prepare(settings, machine):
     model = sa2vp.build(backbone, len(splits.classes), settings).to(machine.device)
     for module in model.modules():
         # Otherwise autocast casts the frozen weights anew at every use, and keeps the copies until backward.
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
             module.to(machine.dtype)
     if machine.compile:
         torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
@@ -253,12 +239,9 @@ def prepare(settings, machine):
 
 def resume(out, meta, model, optimizer, scaler):
     """Loads the last completed epoch, if there is one. Returns the history, a dict for each completed epoch."""
-    state = read_run(out / "last.pt", meta["settings"])
+    state = read_run(out / "last.pt", meta["settings"] | {name: meta[name] for name in ("fingerprint", "digest")})
     if not state:
         return []
-    for name, what in (("fingerprint", "another backbone"), ("digest", "other images or classes")):
-        if state.get(name) != meta[name]:
-            raise vit.InputError(f"{out} was begun with {what}: delete it to train anew, or give another --out")
     sa2vp.load_trained(model, state["trained"])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty if the run was begun in another dtype than float16
@@ -267,57 +250,53 @@ def resume(out, meta, model, optimizer, scaler):
     return state["history"]
 
 
-def read_run(path, settings):
-    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or of other settings.
+def read_run(path, now):
+    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or other than it is now.
 
-    A folder may hold other settings if DEFAULTS changed, or a path that its name shows only a part of.
+    `now` is the run's settings, with the backbone's `fingerprint` and the `digest` of images and classes where known.
     """
     if not path.exists():
         return {}
     try:
         content = sa2vp.read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_bytes())
-        then = content["settings"]
+        then = content | content["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise vit.InputError(f"{path} is damaged or of another version: delete it to run again") from None
-    for name, value in settings.items():
+    # Settings differ if DEFAULTS have changed since, or where a folder's name has only a part of a path.
+    for name, value in now.items():
         if json.dumps(then.get(name)) != json.dumps(value):  # JSON has lists for tuples
-            raise vit.InputError(f"{path} is of a run with {name} {then.get(name)}, not {value}: give another --out")
+            other = f"{name} {then.get(name)}, not {value}"
+            what = {"fingerprint": "another backbone", "digest": "other images or classes"}.get(name, other)
+            raise vit.InputError(f"{path} is of a run with {what}: give another --out")
     return content
 
 
 # ---------------------------------------------------------------------- several runs
 
-ABLATIONS = {  # what each variant changes of the full method
+ABLATIONS = {  # the methods of --ablate: what each changes of sa2vp
     "full-method": {},
     "linear-probe": {"method": "linear"},
     "no-prompts": {"method": "adapter"},
     "window-none": {"window": None},  # not aligned
-    "window-1": {"window": 1},
-    "window-5": {"window": 5},
+    "window-1": {"window": 1}, "window-5": {"window": 5},
     "no-distillation": {"distill_layers": (), "fusion_layers": ()},  # every layer prompts
     "no-fusion": {"fusion_layers": ()},
     "half-size-map": {"prompt_grid": "half"},
-}
+}  # fmt: skip
 REPEATED = ("data", "method", "seed")  # several values of these are several runs; of any other setting, a search
 
-# The backbone of the generated images: small, pre-trained here to tell the shape and colour of a thing.
-SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
-PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
-PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
 
-
-def train(given, ablate, out, machine):
+def train(given, out, machine):
     """Every run that was asked for, one after another; several end with a table. Returns the exit code.
 
-    `given` is {setting: values}. Each data set is run with each method (with `ablate`: each variant) and each seed,
-    and tested. Several values of any other setting are a search: each combination is trained with the first seed and
-    not tested. The one of highest validation accuracy (of equals the first) is then trained with every seed and tested.
+    `given` is {setting: values}. Each data set is run with each method and each seed, and tested. Several values of any
+    other setting are a search: each combination is trained with the first seed and not tested. The one of highest
+    validation accuracy (of equals the first) is then trained with every seed and tested.
     """
     if (out / "last.pt").exists():
         raise vit.InputError(f"{out} is the folder of one run: --out is the folder that holds those of all runs")
     given = {name: [DEFAULTS[name]] for name in REPEATED} | given
     varied = [name for name in given if len(given[name]) > 1 and name not in REPEATED]
-    kind = "variant" if ablate else "method"
     rows, scores, codes = [], {}, []
 
     def trial(name, variant, settings, seeds, test=True):
@@ -325,11 +304,19 @@ def train(given, ablate, out, machine):
         results = []
         for seed in seeds:
             settings = settings | {"seed": seed}
+            folder = out / run_name(settings)
+            print()
             try:
-                results.append(run(settings, out, machine, test))
+                result = read_run(folder / "result.json", settings)
+                if result and (result["accuracy"] is not None or not test):
+                    print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
+                else:
+                    result = fit(settings, folder, machine, test)
+                print(f"{folder}:", ", ".join(f"{key} {shown(result[key])}" for key in result if key != "settings"))
+                results.append(result)
             except Exception as error:  # the other runs go on
-                codes.append(report(error, f"{out / run_name(settings)} could not run: "))
-        row = {"data": text(name), kind: variant}
+                codes.append(report(error, f"{folder} could not run: "))
+        row = {"data": text(name), "method": variant}
         row |= {setting: text(settings[setting]) for setting in varied if setting in settings}
         if len(results) == len(seeds):
             validated = [result["val_accuracy"] for result in results]
@@ -341,7 +328,7 @@ def train(given, ablate, out, machine):
         rows.append(row)
         return row
 
-    for (name, variant), choices in list_combinations(given, ablate).items():
+    for (name, variant), choices in list_combinations(given).items():
         choice = choices[0]
         if len(choices) > 1:
             # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000.
@@ -351,68 +338,46 @@ def train(given, ablate, out, machine):
             if "val_accuracy" not in best:
                 continue
             choice = choices[found.index(best)]
-            at_the_end = "lr" in varied and choice["lr"] == given["lr"][-1]
-            chosen = ", ".join(f"{setting} {best[setting]}" for setting in varied if setting in best)
-            print(f"\nchosen: {chosen}", "(the last rate tried: try beyond it)" if at_the_end else "")
+            print("\nchosen:", ", ".join(f"{setting} {best[setting]}" for setting in varied if setting in best))
         trial(name, variant, choice, given["seed"])
 
     if len(rows) > 1 or len(given["seed"]) > 1:
-        columns = ["data", kind, *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
-        rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores, kind)]
-        path = out / f"{file_name(given | ({'method': ['ablation']} if ablate else {}))}.csv"
+        columns = ["data", "method", *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
+        rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores)]
+        path = out / f"{file_name(given)}.csv"
         save(path, rows)
+        print(f"\nwrote {path}")
         print_table(rows)
-        print(f"wrote {path}")
     return min(codes, default=0)
 
 
-def list_combinations(given, ablate=False):
+def list_combinations(given):
     """{setting: values} -> {(data set, variant): settings of each combination, with the first seed}.
 
     A setting is only for the methods that have it. InputError if none of them does.
     """
-    variants = ABLATIONS if ablate else {method: {"method": method} for method in given["method"]}
+    variants = [variant for method in given["method"] for variant in (ABLATIONS if method == "ablation" else [method])]
     combinations, unused = {}, set(given) - set(REPEATED)
-    for name in data.members(given["data"]):
-        for variant, change in variants.items():
-            fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
-            free = [setting for setting in complete_settings(fixed) if setting in given and setting not in fixed]
-            unused -= set(free)
-            values = itertools.product(*(given[setting] for setting in free))
-            combinations[name, variant] = [complete_settings(fixed | dict(zip(free, choice))) for choice in values]
+    for name, variant in itertools.product(data.members(given["data"]), variants):
+        change = ABLATIONS.get(variant, {"method": variant})
+        fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
+        free = [setting for setting in complete_settings(fixed) if setting in given and setting not in fixed]
+        unused -= set(free)
+        values = itertools.product(*(given[setting] for setting in free))
+        combinations[name, variant] = [complete_settings(fixed | dict(zip(free, choice))) for choice in values]
     if unused:
         raise vit.InputError(f"{', '.join(unused)} is not a setting of {' or '.join(variants)}")
     return combinations
 
 
-def run(settings, out, machine, test=True):
-    """One run, in its own folder below `out`: its result. A finished run is kept, an interrupted one resumes."""
-    folder = out / run_name(settings)
-    print()
-    result = read_run(folder / "result.json", settings)
-    if result and (result["accuracy"] is not None or not test):
-        print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
-    else:
-        if settings["weights"] == os.path.abspath(PRETRAINED) and not PRETRAINED.with_name("result.json").exists():
-            print(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
-            fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
-            print()
-        result = fit(settings, folder, machine, test)
-    tested = percent(result["accuracy"], result["prompt_accuracy"]) if test else "-"
-    print(f"{folder}: test {tested}, validation {percent(result['val_accuracy'])} in epoch {result['best_epoch']}, "
-          f"trained for {result['seconds']:.0f} s")  # fmt: skip
-    return result
-
-
-def group_rows(scores, kind):
+def group_rows(scores):
     """Rows for the means of complete groups; `scores` is {(data set, variant): accuracies by seed}."""
     rows, scores = [], dict(scores)
-    for group, parts in data.GROUPS.items():
-        for variant in dict.fromkeys(variant for _, variant in scores):
-            members = [scores.get((part, variant), []) for part in parts]
-            if all(members):
-                scores[group, variant] = list(map(statistics.mean, zip(*members)))
-                rows.append({"data": group, kind: variant} | mean_and_std(scores[group, variant]))
+    for group, variant in itertools.product(data.GROUPS, dict.fromkeys(variant for _, variant in scores)):
+        members = [scores.get((part, variant)) for part in data.GROUPS[group]]
+        if all(members):
+            scores[group, variant] = list(map(statistics.mean, zip(*members)))
+            rows.append({"data": group, "method": variant} | mean_and_std(scores[group, variant]))
     return rows
 
 
@@ -433,13 +398,8 @@ def run_name(settings):
 
 
 def file_name(values):
-    """A file's name from {setting: values}, such as cub-sa2vp-lr0.005 or cub+dogs-vpt-seed0+1.
-
-    A name of more than 100 characters is cut, and ends in a hash of all of it.
-    """
-    parts = []
-    for name, several in values.items():
-        parts.append(("" if name in ("data", "method") else name) + "+".join(map(text, several)))
+    """A file's name from {setting: values}, such as cub+dogs-vpt-seed0+1; a long one is cut and ends in a hash."""
+    parts = [(name if name not in ("data", "method") else "") + "+".join(map(text, values[name])) for name in values]
     name = re.sub(r"(\.\.)?[/\\:]+", "-", "-".join(parts)).strip("-")
     return name if len(name) <= 100 else f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -451,11 +411,7 @@ TILE, TITLE = 200, 24  # pixels
 
 @torch.inference_mode()
 def show(path, samples, model, meta, machine):
-    """--show: writes a grid with a row for each sample.
-
-    The columns: the image; what the class token attends to, in the encoder alone and in the whole model; how much the
-    prompts change each image token. Orange is brighter for more, up to the maximum of the column.
-    """
+    """--show: draws a row for each sample, the image and then measures in orange, brightest at a column's maximum."""
     transform = data.transform(**meta["input"])
     images = torch.stack([transform(data.open_picture(image)) for image, _ in samples]).to(machine.device)
     # The square root of attention, because a few patches have most of it.
@@ -481,10 +437,7 @@ def show(path, samples, model, meta, machine):
 
 
 def save(path, content):
-    """Writes a .pt, .png, .json or .csv file. After a crash or on a full disk it is either complete or unchanged.
-
-    InputError if it cannot be written.
-    """
+    """Writes a .pt, .png, .json or .csv file, whole or not at all. InputError if it cannot be written."""
     buffer = io.BytesIO()
     if path.suffix == ".pt":
         torch.save(content, buffer)
@@ -494,36 +447,33 @@ def save(path, content):
         buffer.write(json.dumps(content, indent=2).encode())
     else:
         lines = io.StringIO()
-        writer = csv.DictWriter(lines, content[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(content)
+        csv.writer(lines, lineterminator="\n").writerows([content[0].keys(), *(row.values() for row in content)])
         buffer.write(lines.getvalue().encode())
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # no other process has this name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(buffer.getbuffer())
-        part.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # this process's own
+            part = Path(folder, path.name)
+            part.write_bytes(buffer.getbuffer())
+            part.replace(path)
     except OSError as error:
         raise vit.InputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with suppress(OSError):  # where it was moved, or never made
-            part.unlink()
 
 
 def print_table(rows):
-    """Prints rows (dicts of the same keys) in columns; "-" where there is nothing."""
-    lines = [list(rows[0])]
-    for row in rows:
-        lines.append([f"{value:.2f}" if isinstance(value, float) else str("-" if value is None else value)
-                      for value in row.values()])  # fmt: skip
+    """Prints rows (dicts of the same keys) in columns."""
+    lines = [[shown(cell) for cell in line] for line in (rows[0].keys(), *(row.values() for row in rows))]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    print()
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)))
 
 
+def shown(value):
+    """A result as tables and messages show it: a number with two decimals, "-" if there is none."""
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
 def text(value):
-    """A value as tables, messages and names of files show it; a path by its last two parts."""
+    """A setting's value as tables, messages and names of files show it; a path by its last two parts."""
     if isinstance(value, str):
         return "/".join(Path(value).parts[-2:])
     if isinstance(value, tuple):
@@ -531,23 +481,14 @@ def text(value):
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def percent(base, prompt=None):
-    """The accuracies of the pathways in words; "-" if there is none."""
-    if base is None:
-        return "-"
-    return f"{base:.2f} %" + ("" if prompt is None else f" (prompt pathway, for information: {prompt:.2f} %)")
-
-
 def report(error, what=""):
     """Prints an error. Returns the exit code: 2 for what the user can fix, one sentence; 1 for a bug, its traceback."""
-    message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        message = "not enough GPU memory: use a smaller --batch-size"
-    elif not isinstance(error, (vit.InputError, data.DataError)):
+        error = vit.InputError("not enough GPU memory: use a smaller --batch-size")
+    if not isinstance(error, (vit.InputError, data.DataError)):
         traceback.print_exception(error)
         return 1
-    elif message.startswith("Caught "):  # in a DataLoader's worker: a traceback, whose last line says it
-        message = message.splitlines()[-1].partition(": ")[2]
+    message = str(error).rpartition("DataError: ")[2]  # without the traceback that a DataLoader's worker adds
     print(f"train.py: {what}{' '.join(message.split())}", file=sys.stderr)
     return 2
 
@@ -573,10 +514,8 @@ def layers(value):
 
 def grid(value):
     """A type for argparse: "7x7" or "half"."""
-    if value == "half":
-        return value
-    height, width = map(number(int, 1, 100), value.split("x"))
-    return height, width
+    height, _, width = value.partition("x")
+    return value if value == "half" else tuple(map(number(int, 1, 100), (height, width)))
 
 
 def window(value):
@@ -586,13 +525,12 @@ def window(value):
 
 def make_parser():
     """The command line. A setting that is not given is absent from its result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-12)
     add = parser.add_argument_group("settings, each with one value or several").add_argument
     add = partial(add, nargs="+", metavar="X", default=argparse.SUPPRESS)
     add("--data", help=f"a folder, {', '.join((*data.GROUPS, *data.TABLE))}; default shapes")
-    add("--method", choices=sa2vp.METHODS, help=f"{', '.join(sa2vp.METHODS)}; default sa2vp")
+    add("--method", action="extend", choices=sa2vp.METHODS, help=f"{', '.join(sa2vp.METHODS)}; default sa2vp")
     add("--weights", help=f"the backbone: a file, or {', '.join(vit.BACKBONES)}; default imagenet21k")
     add("--image-size", type=count, help="pixels, a multiple of the patch size; default 224")
     add("--heads", type=count, help="of the backbone; default as the file says, else assumed")
@@ -615,17 +553,18 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", type=natural, help="this GPU; default the first, else the CPU")
     add("--cpu", action="store_true", help="no GPU")
-    add("--workers", type=natural, help="processes that load images; default one per CPU, at most 16")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--workers", type=natural, default=min(16, cpus), help="processes that load images; default %(default)s")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--root", type=Path, help="the folder of the data sets; default data")
+    add("--root", help="the folder of the data sets; default data")
     add("--out", type=Path, default="runs", help="the folder of all runs; default runs")
 
     add = parser.add_argument_group("instead of training a method").add_mutually_exclusive_group().add_argument
-    add("--ablate", action="store_true", help="train SA2VP and its ablations")
+    add("--ablate", dest="method", action="append_const", const="ablation", default=argparse.SUPPRESS,
+        help="train SA2VP and its ablations")  # fmt: skip
     add("--eval", type=Path, help="print the test accuracy of a run, given by its folder or best.pt")
-    add("--predict", type=Path, nargs="+", metavar="X", help="a run, then images or folders: print their classes")
-    parser.add_argument("--show", type=count, metavar="X",
-                        help="with --eval or --predict: draw what the model looks at, for X images")  # fmt: skip
+    add("--predict", type=Path, nargs="+", help="a run, then images or folders: print their classes")
+    parser.add_argument("--show", type=count, default=0, help="with --eval or --predict: draw this many of the images")
     return parser
 
 
@@ -643,16 +582,12 @@ def choose_machine(args):
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         # cuDNN's attention is reported to give NaN or wrong gradients on recent GPUs.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(16, cpus) if args.workers is None else args.workers
-    return Machine(device, dtype, workers, args.compile, args.root or Path("data"))
+    return Machine(device, dtype, args.workers, args.compile, args.root or "data")
 
 
+@torch.inference_mode()
 def use_tuned(args, given, machine):
-    """--eval: prints the test accuracy. --predict: prints the five likeliest classes of each image.
-
-    --show: draws some of the images, evenly spaced; of test images prints the five likeliest classes, too.
-    """
+    """--eval prints the test accuracy, --predict the likeliest classes of images, --show those of what it draws."""
     path, *images = args.predict or [args.eval]
     model, meta = sa2vp.load(path, *given.get("weights", []))
     model.to(machine.device)
@@ -664,19 +599,18 @@ def use_tuned(args, given, machine):
             raise vit.InputError(f"the data set has other classes than {path}")
         samples = splits.test
         batches = data.make_loader(samples, meta["input"], meta["settings"]["batch_size"], machine.workers)
-        print(f"test {percent(*evaluate(model, batches, machine))}")
-    shown = samples[:: max(1, len(samples) // args.show)][: args.show] if args.show else []
+        print("test {} % (prompt pathway {} %)".format(*map(shown, evaluate(model, batches, machine))))
+    drawn = samples[:: max(1, len(samples) // max(1, args.show))][: args.show]
     transform = data.transform(**meta["input"])
-    for image, label in samples if args.predict else shown:
-        pixels = transform(data.open_picture(image)).to(machine.device)
-        with torch.inference_mode(), autocast(machine):
-            probabilities = model(pixels[None])[0][0].softmax(dim=0)
+    for image, label in samples if args.predict else drawn:
+        pixels = transform(data.open_picture(image))
+        probabilities = forward(model, pixels[None], machine)[0][0].softmax(dim=0)
         true = "" if label is None else f" (true class: {meta['classes'][label]})"
         print(f"{image if isinstance(image, Path) else 'a test image'}{true}")
         for guess in probabilities.argsort(descending=True)[:5].tolist():
             print(f"  {probabilities[guess]:7.2%}  {meta['classes'][guess]}")
-    if shown:
-        show((path if path.is_dir() else path.parent) / "show.png", shown, model, meta, machine)
+    if drawn:
+        show((path if path.is_dir() else path.parent) / "show.png", drawn, model, meta, machine)
 
 
 def main(argv=None):
@@ -687,18 +621,11 @@ def main(argv=None):
     tuned = args.eval or args.predict
     if tuned and any(name not in ("data", "weights") or len(given[name]) > 1 for name in given):
         parser.error("with --eval and --predict the only settings are --data and --weights, with one value each")
-    if args.predict and len(args.predict) == 1:
-        parser.error("--predict takes a run, and then images or folders of them")
     if args.show and not tuned:
         parser.error("--show draws with --eval or --predict")
-    if args.ablate and "method" in given:
-        parser.error("--ablate is for sa2vp: leave out --method")
-    code = 0
     try:
-        if tuned:
-            use_tuned(args, given, choose_machine(args))
-        else:
-            code = train(given, args.ablate, args.out, choose_machine(args))
+        machine = choose_machine(args)
+        code = use_tuned(args, given, machine) if tuned else train(given, args.out, machine)
     except KeyboardInterrupt:
         code = 130
         print("interrupted: a run resumes after its last completed epoch if the command is repeated", file=sys.stderr)
