@@ -144,7 +144,7 @@ def class_folders(folder):
         has = f"of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
         raise DataError(f"{folder} needs training images in two or more <class>/ or train/<class>/: it has some {has}")
     train, val, test = ([(image, classes.index(name)) for image, of, name in found if of == part] for part in PARTS)
-    origin = "its own folders" if own else "folders of classes"
+    origin = "class folders"
     if not test:
         train, test = hold_out(train, 0.2)
         origin += ", a fifth held out for test"

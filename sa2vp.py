@@ -365,8 +365,6 @@ def load(path, weights=None):
     try:
         settings = meta["settings"]
         weights = path if settings["method"] == "full" else weights or settings["weights"]
-        if not weights:
-            raise InputError("it was trained from scratch: there is no backbone to put it on")
         beside = path.with_name(Path(weights).name)
         if beside.is_file() and beside != path and not Path(weights).is_file():
             weights = beside

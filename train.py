@@ -74,12 +74,14 @@ def fit(settings, out, machine, test=True):
     on_gpu = machine.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
-          f"{machine.device} in {machine.dtype}, to {out}")  # fmt: skip
 
     # The loaders are made once, because starting their workers takes seconds.
     loader = partial(data.make_loader, input=meta["input"], batch_size=settings["batch_size"], workers=machine.workers)
     train_batches, val_batches = loader(splits.train, shuffle_seed=settings["seed"]), loader(splits.val)
+    steps = settings["epochs"] * len(train_batches)
+    few = ", which are few (use a smaller --batch-size or more --epochs)" if steps < 200 else ""
+    print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
+          f"{machine.device} in {machine.dtype}, to {out}, in {steps} steps{few}")  # fmt: skip
 
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
@@ -152,7 +154,7 @@ def evaluate(model, batches, machine):
     correct, count = 0, 0
     for images, labels in batches:
         logits = torch.stack(forward(model, images, machine))  # (pathways, batch, classes)
-        correct += (logits.argmax(dim=2) == labels.to(machine.device, non_blocking=True)).sum(dim=1)  # (pathways,)
+        correct += (logits.argmax(dim=2) == labels.to(machine.device)).sum(dim=1)  # (pathways,)
         count += len(labels)
     if count == 0:
         return None, None
@@ -274,13 +276,9 @@ def read_run(path, now):
 # ---------------------------------------------------------------------- several runs
 
 ABLATIONS = {  # the methods of --ablate: what each changes of sa2vp
-    "full-method": {},
-    "linear-probe": {"method": "linear"},
-    "no-prompts": {"method": "adapter"},
-    "window-none": {"window": None},  # not aligned
-    "window-1": {"window": 1}, "window-5": {"window": 5},
-    "no-distillation": {"distill_layers": (), "fusion_layers": ()},  # every layer prompts
-    "no-fusion": {"fusion_layers": ()},
+    "full-method": {}, "linear-probe": {"method": "linear"}, "no-prompts": {"method": "adapter"},
+    "window-none": {"window": None}, "window-1": {"window": 1}, "window-5": {"window": 5},  # none: not aligned
+    "no-distillation": {"distill_layers": (), "fusion_layers": ()}, "no-fusion": {"fusion_layers": ()},
     "half-size-map": {"prompt_grid": "half"},
 }  # fmt: skip
 REPEATED = ("data", "method", "seed")  # several values of these are several runs; of any other setting, a search
@@ -338,7 +336,8 @@ def train(given, out, machine):
             if "val_accuracy" not in best:
                 continue
             choice = choices[found.index(best)]
-            print("\nchosen:", ", ".join(f"{setting} {best[setting]}" for setting in varied if setting in best))
+            chosen = ", ".join(f"{setting} {best[setting]}" for setting in varied if setting in best)
+            print(f"\nchosen: {chosen} (if that is the first or last value tried, try beyond it)")
         trial(name, variant, choice, given["seed"])
 
     if len(rows) > 1 or len(given["seed"]) > 1:
