@@ -310,7 +310,8 @@ def train(given, out, machine):
                     print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
                 else:
                     result = fit(settings, folder, machine, test)
-                print(f"{folder}:", ", ".join(f"{key} {shown(result[key])}" for key in result if key != "settings"))
+                found = ", ".join(f"{key} {shown(result[key])}" for key in result if key != "settings")
+                print(f"{folder}: test {found}")
                 results.append(result)
             except Exception as error:  # the other runs go on
                 codes.append(report(error, f"{folder} could not run: "))
