@@ -79,15 +79,15 @@ def fit(settings, out, machine, test=True):
     loader = partial(data.make_loader, input=meta["input"], batch_size=settings["batch_size"], workers=machine.workers)
     train_batches, val_batches = loader(splits.train, shuffle_seed=settings["seed"]), loader(splits.val)
     steps = settings["epochs"] * len(train_batches)
-    few = ", which are few (use a smaller --batch-size or more --epochs)" if steps < 200 else ""
+    few = ", perhaps too few: try a smaller --batch-size or more --epochs" if steps < 200 else ""
     print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
           f"{machine.device} in {machine.dtype}, to {out}, in {steps} steps{few}")  # fmt: skip
 
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
         # Each epoch is seeded by (seed, epoch), so a resumed run gives the numbers of an uninterrupted one.
-        torch.manual_seed(10_007 * settings["seed"] + epoch)  # of dropout; a prime, so that no two are the same
-        train_batches.sampler.epoch = epoch  # of order, crops and flips, which the sampler seeds
+        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout; each epoch below 10,007 has its own
+        train_batches.sampler.epoch = epoch  # the sampler seeds order, crops and flips
         loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
         accuracy, prompt_accuracy = evaluate(model, val_batches, machine)
         history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy,
@@ -110,7 +110,7 @@ def fit(settings, out, machine, test=True):
     best = kept["history"][-1]
     result = dict(accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"],
                   best_epoch=best["epoch"], trainable=sa2vp.count_trained(model),
-                  seconds=sum(epoch["seconds"] for epoch in history), peak_memory_mib=best["peak_memory_mib"],
+                  seconds=sum(row["seconds"] for row in history), peak_memory_mib=best["peak_memory_mib"],
                   settings=settings)  # fmt: skip
     save(out / "result.json", result)
     return result
@@ -127,7 +127,7 @@ def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
     """One pass over the training data: (mean loss, last learning rate)."""
     model.train()
     warmup_steps, total_steps = settings["warmup_epochs"] * len(batches), settings["epochs"] * len(batches)
-    total = torch.zeros((), device=machine.device)  # stays on the device, so that no step waits for a transfer
+    total = 0  # becomes a tensor that stays on the device, so that no step waits for a transfer
     bar = tqdm(batches, f"epoch {epoch + 1}/{settings['epochs']}", leave=False, disable=None)
     for step, (images, labels) in enumerate(bar, start=epoch * len(batches)):
         lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
@@ -135,8 +135,7 @@ def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
             group["lr"] = lr
         optimizer.zero_grad()
         loss = sa2vp.two_pathway_loss(forward(model, images, machine), labels.to(machine.device, non_blocking=True))
-        # In float16 small gradients would vanish: the scaler multiplies the loss, and divides the gradients again.
-        # In other dtypes it does nothing.
+        # In float16 small gradients vanish, so the scaler multiplies the loss and divides gradients; else it is off.
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -199,7 +198,7 @@ def complete_settings(given):
 
 
 def prepare(settings, machine):
-    """The data, the method on its backbone, and `meta`, stored in the run's checkpoints besides the weights."""
+    """The data, the method on its backbone, and `meta`: what a run's checkpoints store besides weights."""
     if settings["epochs"] <= settings["warmup_epochs"]:
         raise vit.InputError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
     row, weights = data.find(settings["data"]), settings["weights"]
@@ -215,7 +214,6 @@ def prepare(settings, machine):
     print(f"{row.name}: {splits.describe()}", *splits.notes, sep="\n")
     print(f"{weights or 'from scratch'}: {backbone.describe()}", *backbone.notes, sep="\n")
     print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
-
     mean, std = vit.NORMALIZE[backbone.normalize]
     meta = {
         "settings": settings,
@@ -227,7 +225,7 @@ def prepare(settings, machine):
         "input": {"crop": row.crop, "image_size": backbone.image_size, "mean": mean, "std": std},
         "root": os.path.abspath(machine.root),
     }  # fmt: skip
-    torch.manual_seed(settings["seed"])  # the method starts alike, whatever was drawn before
+    torch.manual_seed(settings["seed"])  # the method starts the same, whatever was drawn before
     model = sa2vp.build(backbone, len(splits.classes), settings).to(machine.device)
     for module in model.modules():
         # Otherwise autocast casts the frozen weights anew at every use, and keeps the copies until backward.
@@ -253,7 +251,7 @@ def resume(out, meta, model, optimizer, scaler):
 
 
 def read_run(path, now):
-    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or other than it is now.
+    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or of another run.
 
     `now` is the run's settings, with the backbone's `fingerprint` and the `digest` of images and classes where known.
     """
@@ -264,18 +262,18 @@ def read_run(path, now):
         then = content | content["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise vit.InputError(f"{path} is damaged or of another version: delete it to run again") from None
-    # Settings differ if DEFAULTS have changed since, or where a folder's name has only a part of a path.
+    # Settings can differ if DEFAULTS have changed since, or if two paths end alike, as a name has only their ends.
     for name, value in now.items():
         if json.dumps(then.get(name)) != json.dumps(value):  # JSON has lists for tuples
             other = f"{name} {then.get(name)}, not {value}"
             what = {"fingerprint": "another backbone", "digest": "other images or classes"}.get(name, other)
-            raise vit.InputError(f"{path} is of a run with {what}: give another --out")
+            raise vit.InputError(f"{path} belongs to a run with {what}: give another --out")
     return content
 
 
 # ---------------------------------------------------------------------- several runs
 
-ABLATIONS = {  # the methods of --ablate: what each changes of sa2vp
+ABLATIONS = {  # --ablate: what each variant changes in sa2vp
     "full-method": {}, "linear-probe": {"method": "linear"}, "no-prompts": {"method": "adapter"},
     "window-none": {"window": None}, "window-1": {"window": 1}, "window-5": {"window": 5},  # none: not aligned
     "no-distillation": {"distill_layers": (), "fusion_layers": ()}, "no-fusion": {"fusion_layers": ()},
@@ -298,7 +296,7 @@ def train(given, out, machine):
     rows, scores, codes = [], {}, []
 
     def trial(name, variant, settings, seeds, test=True):
-        """Runs these settings with each seed. Returns their row of the table."""
+        """Runs these settings with each seed. Adds a row to the table and returns it."""
         results = []
         for seed in seeds:
             settings = settings | {"seed": seed}
@@ -307,7 +305,7 @@ def train(given, out, machine):
             try:
                 result = read_run(folder / "result.json", settings)
                 if result and (result["accuracy"] is not None or not test):
-                    print(f"{folder} holds this run, finished, and is kept; delete it to train anew")
+                    print(f"{folder} holds this run, finished, and is kept: delete it to train anew")
                 else:
                     result = fit(settings, folder, machine, test)
                 found = ", ".join(f"{key} {shown(result[key])}" for key in result if key != "settings")
@@ -345,10 +343,10 @@ def train(given, out, machine):
         columns = ["data", "method", *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
         rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores)]
         path = out / f"{file_name(given)}.csv"
-        save(path, rows)
-        print(f"\nwrote {path}")
         print_table(rows)
-    return min(codes, default=0)
+        save(path, rows)
+        print(f"wrote {path}")
+    return min(codes, default=0)  # a bug, 1, before what the user can fix, 2
 
 
 def list_combinations(given):
@@ -463,6 +461,7 @@ def print_table(rows):
     """Prints rows (dicts of the same keys) in columns."""
     lines = [[shown(cell) for cell in line] for line in (rows[0].keys(), *(row.values() for row in rows))]
     widths = [max(map(len, column)) for column in zip(*lines)]
+    print()
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)))
 
@@ -485,12 +484,12 @@ def report(error, what=""):
     """Prints an error. Returns the exit code: 2 for what the user can fix, one sentence; 1 for a bug, its traceback."""
     if isinstance(error, torch.OutOfMemoryError):
         error = vit.InputError("not enough GPU memory: use a smaller --batch-size")
-    if not isinstance(error, (vit.InputError, data.DataError)):
+    is_bug = not isinstance(error, (vit.InputError, data.DataError))
+    if is_bug:
         traceback.print_exception(error)
-        return 1
     message = str(error).rpartition("DataError: ")[2]  # without the traceback that a DataLoader's worker adds
     print(f"train.py: {what}{' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return 1 if is_bug else 2
 
 
 # ---------------------------------------------------------------------- the command line
@@ -573,7 +572,7 @@ def choose_machine(args):
     # A GPU may be listed although its driver is missing or too old.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and not args.cpu else 0
     if args.gpu is not None and args.gpu >= gpus:
-        raise vit.InputError(f"there is no GPU {args.gpu}, PyTorch can use {gpus}: leave out --gpu, or take --cpu")
+        raise vit.InputError(f"there is no GPU {args.gpu}, PyTorch finds {gpus}, from 0 on: leave out --gpu")
     device, dtype = torch.device("cpu"), torch.float32
     if gpus:
         device = torch.device("cuda", args.gpu or 0)
@@ -587,7 +586,7 @@ def choose_machine(args):
 
 @torch.inference_mode()
 def use_tuned(args, given, machine):
-    """--eval prints the test accuracy, --predict the likeliest classes of images, --show those of what it draws."""
+    """--eval prints the test accuracy, --predict the likeliest classes of images; so does --show, of what it draws."""
     path, *images = args.predict or [args.eval]
     model, meta = sa2vp.load(path, *given.get("weights", []))
     model.to(machine.device)
@@ -599,7 +598,8 @@ def use_tuned(args, given, machine):
             raise vit.InputError(f"the data set has other classes than {path}")
         samples = splits.test
         batches = data.make_loader(samples, meta["input"], meta["settings"]["batch_size"], machine.workers)
-        print("test {} % (prompt pathway {} %)".format(*map(shown, evaluate(model, batches, machine))))
+        accuracy, prompt_accuracy = evaluate(model, batches, machine)
+        print(f"test {shown(accuracy)} % (prompt pathway {shown(prompt_accuracy)} %)")
     drawn = samples[:: max(1, len(samples) // max(1, args.show))][: args.show]
     transform = data.transform(**meta["input"])
     for image, label in samples if args.predict else drawn:
@@ -614,10 +614,10 @@ def use_tuned(args, given, machine):
 
 
 def main(argv=None):
-    """The command line. Exits with 2 and one sentence on bad input, with 130 when interrupted."""
+    """The command line. Exits with 2 and one sentence on bad input, 1 and a traceback on a bug, 130 on Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in DEFAULTS if hasattr(args, name)}
+    given = {name: [*dict.fromkeys(getattr(args, name))] for name in DEFAULTS if hasattr(args, name)}  # each value once
     tuned = args.eval or args.predict
     if tuned and any(name not in ("data", "weights") or len(given[name]) > 1 for name in given):
         parser.error("with --eval and --predict the only settings are --data and --weights, with one value each")
