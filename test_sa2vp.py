@@ -1394,8 +1394,8 @@ def test_an_ablation_trains_every_variant_which_changes_just_what_it_names(run):
 def test_several_runs_end_with_one_table(run, monkeypatch, capsys):
     write(Path("root"), LAYOUTS["cub"] | LAYOUTS["nabirds"])
     monkeypatch.setitem(data.GROUPS, "pair", ["cub", "nabirds"])
-    run("--data", "pair", "--root", "root", "--method", "linear", "--seed", 0, 1)
-    rows = table(one("runs", "pair-linear-*seed0+1*.csv"))
+    run("--data", "pair", "--root", "root", "--method", "linear", "--seed", 0, 1, 0)  # each once
+    rows = table(one("runs", "pair-linear-*seed0+1-*.csv"))
     assert list(rows[0]) == ["data", "method", "val_accuracy", "accuracy", "std", "seeds", "trainable"]
     found = {name: [result(one("runs", f"{name}-linear-*seed{i}")) for i in (0, 1)] for name in ("cub", "nabirds")}
     expected = {name: np.mean([r["accuracy"] for r in results]) for name, results in found.items()}
