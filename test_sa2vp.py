@@ -1195,6 +1195,19 @@ def test_a_class_of_one_image_stays_in_training():
     assert kept[0] == ("a", 0) and len(held_out) == 1
 
 
+def test_the_images_held_out_are_always_the_same():
+    _, held_out = data.hold_out([(i, i % 2) for i in range(20)], share=0.2)
+    assert held_out == [(5, 1), (8, 0), (12, 0), (19, 1)]
+
+
+def test_few_images_are_told_with_their_number(tmp_path):
+    write(tmp_path, images("train/ant", "train/bee", count=4) | images("val/ant", "val/bee", count=14)
+          | images("test/ant", "test/bee", count=15))  # fmt: skip
+    assert data.class_folders(tmp_path).notes == [
+        *(f"4 training images of {name} are few: add some" for name in ("ant", "bee")),
+        "28 validation images are few, one is 4 points: add some"]  # fmt: skip
+
+
 def test_a_folder_has_defaults_for_few_images(monkeypatch):
     for count, batch_size in ((20, 4), (200, 12), (5000, 64)):
         monkeypatch.setattr(data, "class_folders", lambda _: data.Splits([None] * count, [], [], [], ""))
