@@ -1,14 +1,16 @@
-"""The data sets: a table with a row for each, the loaders that serve the rows, the way from an image to a batch."""
+"""The data sets: a table with one row for each, the functions that read them, and the way from an image to a batch."""
 
 import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import tempfile
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,221 +26,387 @@ class DataError(ValueError):
 
 
 class Splits(NamedTuple):
-    """What a loader returns. A sample is (image, label), an image a path or an (H, W, 3) uint8 array."""
+    """The samples of a data set. A sample is (image, label), an image a Path or an (H, W, 3) uint8 array."""
 
-    train: list  # of samples
+    train: list
     val: list
     test: list
-    classes: list  # names; a label is an index into it
-    origin: str  # who made the split, in words
-    notes: list = []  # sentences to print before the training
+    classes: list  # names; a label is an index into this list
+    origin: str  # where the split comes from, in words
+    notes: list = []  # sentences to print before training
 
     def describe(self):
-        """The sizes, in words."""
-        train, val, test = map(len, self[:3])
-        return f"{train} training, {val} validation, {test} test images of {len(self.classes)} classes ({self.origin})"
+        """The number of images in each split, in words."""
+        sizes = f"{len(self.train)} training, {len(self.val)} validation, {len(self.test)} test images"
+        return f"{sizes} of {len(self.classes)} classes ({self.origin})"
 
 
 class DataSet(NamedTuple):
-    """A row of the table: where the images are, how they are transformed, and the settings for them."""
+    """A row of the table: how to read a data set, and the settings that it overrides."""
 
     name: str
-    classes: int | None
-    load: partial  # load(row, root, search) reads the data set, a `Splits`
-    source: str  # where to download it, if not drawn
-    settings: dict = {}  # of a run, where they differ from DEFAULTS in train.py
-    lr: dict = {}  # by method, where it differs from LEARNING_RATE in train.py
-    crop: bool = False  # FGVC's transforms, random crop and flip; otherwise the whole image is resized
-    vtab: bool = False  # VTAB-1k's protocol: trained on all labelled images, tested after the last epoch
+    read: partial  # read(source, root, search) -> Splits
+    source: str = ""  # a URL, or the path of a folder of one's own
+    settings: dict = {}  # settings of a run that differ from the defaults for every method
+    by_method: dict = {}  # {method: {setting or option: value}}, for one method alone
 
 
 def find(name):
-    """The row of that name, or one for the folder of that path; DataError if there is neither."""
+    """Returns the row of a data set by its name in TABLE, or a row for a folder by its path. Opens no image.
+
+    The settings of a folder were chosen for few images, on validation data. Its batch size is None: it depends on the
+    number of training images, see `default_batch_size`. Raises DataError if there is neither.
+    """
     if name in TABLE:
         return TABLE[name]
-    folder = os.path.abspath(os.path.expanduser(name))
-    if os.path.isdir(folder):
-        return folder_row(Path(folder))
-    raise DataError(f"no data set and no folder {name!r}; known by name are {', '.join((*TABLE, *GROUPS))}")
+    folder = Path(os.path.abspath(os.path.expanduser(name)))
+    if not folder.is_dir() and not os.path.isabs(name):  # runs know their folder, which may be gone, by its whole path
+        choices = f"a folder (unpack an archive first), a name that --help lists, or a group ({', '.join(GROUPS)})"
+        raise DataError(f"no data set and no folder is named {name!r}: give {choices}")
+    return DataSet(
+        name="/".join(folder.parts[-2:]),  # tells apart two folders of one name
+        read=lambda source, root, search: class_folders(source),
+        source=str(folder),
+        settings={"batch_size": None, "epochs": 20, "transform": "crop-flip"},
+        by_method=adapted({"sa2vp": 3e-3, "adapter": 3e-3, "vpt": 3e-3}, dropout=0.0),
+    )
+
+
+def default_batch_size(count):
+    """The batch size for a folder with this number of training images: at least 16 steps an epoch, if possible."""
+    return min(64, max(4, count // 16))
 
 
 def members(names):
-    """The names, with each group (of groups) replaced by its data sets; DataError for a name that is a folder, too."""
+    """Replaces each group of data sets, or of groups, by its members. Raises DataError if a name is a folder, too."""
     for name in names:
-        is_folder = os.path.isdir(f"{name}/train") or any(Path(name).glob("*/*.*"))
+        # Class folders, or those of a training split. The benchmarks' own folders have neither.
+        is_folder = any(Path(name).glob("*/*.*")) or any(Path(name).glob("[Tt][Rr][Aa][Ii][Nn]*/*/*"))
         if is_folder and (name in TABLE or name in GROUPS):
             raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
-    return [member for name in names for part in GROUPS.get(name, [name]) for member in GROUPS.get(part, [part])]
+    expanded = []
+    for name in names:
+        for subgroup in GROUPS.get(name, [name]):
+            expanded += GROUPS.get(subgroup, [subgroup])
+    return expanded
 
 
 def load(row, root, search=False):
-    """Reads a row's `Splits` below `root`, downloading what can be. In a search VTAB-1k is just train800 and val200."""
-    return row.load(row, Path(root).expanduser(), search)
+    """Returns the `Splits` of a row, read below `root`. Downloads what is missing, if it can be downloaded.
+
+    With `search`, VTAB-1k has its 800 images for training and 200 for validation, and no test images.
+    """
+    splits = row.read(row.source, Path(root).expanduser(), search)
+    if not splits.train or not (splits.test or search):
+        raise DataError(f"{row.name} below {root}, which comes from {row.source}, has a split without images")
+    return splits
 
 
 def digest(splits):
     """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
-    sha = hashlib.sha256(repr((splits.classes, *map(len, splits[:3]))).encode())
+    header = (splits.classes, len(splits.train), len(splits.val), len(splits.test))
+    sha = hashlib.sha256(repr(header).encode())
     with reading("an image that is listed"):
-        for image, label in sum(splits[:3], []):
-            known = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
-            sha.update(f"{label} {known}".encode())
+        for image, label in splits.train + splits.val + splits.test:
+            content = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
+            sha.update(f"{label} {content}".encode())
     return sha.hexdigest()
 
 
 @contextmanager
-def reading(what):
-    """Any error in the `with` block becomes a DataError about `what`: damaged files provoke errors of every kind."""
+def reading(what, advice=""):
+    """Turns any error in the `with` block into a DataError: damaged files provoke errors of every kind."""
     try:
         yield
     except Exception as error:
-        raise DataError(f"cannot read {what}: {str(error) or type(error).__name__}") from error
+        raise DataError(f"cannot read {what}: {str(error) or type(error).__name__}{advice}") from error
 
 
-# ---------------------------------------------------------------------- layouts on disk
-
-PARTS = ("train", "val", "test")
-SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by a folder's name
-
-
-def images_below(folder):
-    """{image: the parts of its path below the folder}, sorted, and the number of all files; no image is hidden."""
-
-    def stop(error):
-        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-    walk = os.walk(folder, onerror=stop, followlinks=True)
-    files = sorted(Path(place, name) for place, _, names in walk for name in names)
-    images = {}
-    for path in files:
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith((".", "@", "__MACOSX")) for part in parts)  # by network drives and macOS, too
-        if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and not hidden:
-            images[path] = parts
-    return images, len(files)
+def shorten(names, limit):
+    """The first names, and how many more there are, as text that every terminal can print."""
+    text = ", ".join(map(str, names[:limit]))
+    if len(names) > limit:
+        text += f" and {len(names) - limit} more"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
-@cache  # so that all runs of a command have the same settings
-def folder_row(folder):
-    """The row of a folder of one's own. Its settings were chosen for few images, on validation data."""
-    splits = class_folders(folder)
-    name = "/".join(folder.parts[-2:])  # tells apart two folders of one name
-    settings = {"batch_size": min(64, max(4, len(splits.train) // 16)), "epochs": 20, "dropout": 0.0}
-    lr = {"sa2vp": 3e-3, "adapter": 3e-3, "vpt": 3e-3}
-    return DataSet(name, None, lambda row, root, search: splits, str(folder), settings, lr, crop=True)
+# ---------------------------------------------------------------------- a folder of one's own
+
+SPLIT_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # by a folder's name in lower case
+SPLIT_OF.update(dict.fromkeys(["val", "valid", "validation"], "val"))
+SYSTEM_FOLDERS = {"#recycle", "#snapshot", "$recycle.bin", "lost+found", "__macosx", "system volume information"}
 
 
 def class_folders(folder):
-    """train/<class>/*, with val/<class>/* and test/<class>/* where they are; or <class>/* alone, all of it train."""
-    images, files = images_below(folder)
-    own = any(len(parts) > 2 and parts[0] in SPLIT_OF for parts in images.values())
-    found = []
-    for image, parts in images.items():
-        split, *inside = parts if own else ("train", *parts)
-        if split in SPLIT_OF and len(inside) > 1:  # the folder of a class, and what is in it
-            with opened(image):
-                found.append((image, SPLIT_OF[split], inside[0]))
-    classes = sorted({name for _, split, name in found if split == "train"})
-    unknown = sorted({name for *_, name in found} - {*classes})
-    if unknown or len(classes) < 2:
-        has = f"of {', '.join(classes) or 'no class'} and none of {', '.join(unknown) or 'others'}"
-        raise DataError(f"{folder} needs training images in two or more <class>/ or train/<class>/: it has some {has}")
-    train, val, test = ([(image, classes.index(name)) for image, of, name in found if of == part] for part in PARTS)
+    """Reads train/<class>/, val/<class>/ and test/<class>/, or <class>/ alone. A missing split is held out.
+
+    Raises DataError if it is not clear which folders are splits and classes, or if an image is damaged.
+    """
+    images, left_out = images_below(folder)
+    split_of = split_folders(folder, images, left_out)
+    named = {"train": [], "val": [], "test": []}  # (path, name of the class)
+    ranks = {}  # {path: rank}, by which images are held out: adding an image hardly changes the choice
+    subfolders = Counter()
+    for path, parts in images.items():
+        inside = parts[1:] if split_of else parts  # (class, ..., file)
+        if len(inside) < 2:
+            left_out["images outside class folders"].append(Path(*parts))
+            continue
+        if len(inside) > 2:
+            subfolders["/".join(parts[:-1])] += 1
+        with opened(path):  # most damaged files are noticed here, before training
+            named[split_of.get(parts[0], "train")].append((path, inside[0]))
+        name = unicodedata.normalize("NFC", "/".join(inside[1:]))  # macOS has another form of letters such as é
+        ranks[path] = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+
+    classes = check_classes(folder, named)
+    train, val, test = label_samples(named, classes)
     origin = "class folders"
     if not test:
-        train, test = hold_out(train, 0.2)
+        train, test = hold_out(train, 0.2, ranks)
         origin += ", a fifth held out for test"
     if not val:
-        train, val = hold_out(train, 0.1)
+        train, val = hold_out(train, 0.1, ranks)
         origin += ", a tenth of train held out for validation"
     if not test or not val:
-        raise DataError(f"{folder} has too few images to hold out any for val or test: add some")
-    counts = Counter(classes[label] for _, label in train)
-    notes = [f"{count} training images of {name} are few: add some" for name, count in counts.items() if count < 5]
-    for part, samples in {"validation": val, "test": test}.items():
-        if len(samples) < 30:
-            notes.append(f"{len(samples)} {part} images are few, one is {100 / len(samples):.0f} points: add some")
-    if files > len(found):
-        notes.append(f"{files - len(found)} files are left out: they are hidden, no images or in no class's folder")
-    return Splits(train, val, test, classes, origin, notes)
+        raise DataError(f"{folder} has too few images to hold out any for validation or test: add some")
+    splits = Splits(train, val, test, classes, origin)
+    return splits._replace(notes=folder_notes(splits, subfolders, left_out))
 
 
-def fgvc(folder, images, lists, md5s, row, root, search, **checksum):
-    """One of FGVC's five sets: the folders of its `images`, and train.json, val.json and test.json as VPT has them.
+def images_below(folder):
+    """Returns ({image: parts of its path below the folder}, {reason: paths below it that are left out}), sorted."""
+    folder = Path(folder)
+    with reading(f"the folder {folder}"):
+        root = folder.resolve()
+        files = [path.relative_to(folder) for path in walk(folder, root, set(root.parents))]
+    runs = {class_path(path.parts) for path in files if path.name == "best.pt"}
+    images = {}
+    left_out = defaultdict(list)
+    for path in sorted(files):
+        if any(map(is_system, path.parts)):
+            left_out["hidden or system files"].append(path)
+        elif path.suffix.lower() not in datasets.folder.IMG_EXTENSIONS:
+            left_out["not images by extension"].append(path)
+        elif class_path(path.parts) in runs:
+            left_out["images in a folder of runs (with a best.pt)"].append(path)
+        else:
+            images[folder / path] = path.parts
+    return images, left_out
 
-    Those, of these `md5s`, hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
+
+def walk(folder, root, visited):
+    """Yields all files below a folder, and links to folders that are read elsewhere or lie above."""
+    visited.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            yield path
+            continue
+        real = path.resolve()
+        if real in visited or path.is_symlink() and real.is_relative_to(root):
+            yield path
+        else:
+            yield from walk(path, root, visited)
+
+
+def is_system(name):
+    """Whether a file or folder is hidden, or made by macOS, Windows or a network drive (such as @eaDir)."""
+    return name.startswith((".", "@")) or name.lower() in SYSTEM_FOLDERS
+
+
+def class_path(parts):
+    """The first parts of a path, which lead to the folder that would be its class."""
+    if parts[0].lower() in SPLIT_OF:
+        return parts[:2]
+    return parts[:1]
+
+
+def split_folders(folder, images, left_out):
+    """Returns {name of a split's folder: split}, empty if the class folders lie directly in the folder.
+
+    Raises DataError if a folder with images is neither a class nor a split.
     """
-    folder, paths = root / folder, {}
-    for name in images:
-        fetch(folder / name, row.source, partial(unpack, row.source, **checksum), f"**/{name}")
+    if not images:
+        files = shorten(sum(left_out.values(), []), 3)
+        raise DataError(f"{folder} has no images, only {files or 'nothing'}: unpack archives, convert to JPEG or PNG")
+    split_of = {}
+    with_classes = set()  # splits that have class folders with images
+    others = set()  # other folders with images
+    for parts in images.values():
+        split = SPLIT_OF.get(parts[0].lower())
+        if split:
+            split_of[parts[0]] = split
+        elif len(parts) > 1:
+            others.add(parts[0])
+        if split and len(parts) > 2:
+            with_classes.add(split)
+    if "train" not in with_classes:
+        if with_classes or not others:
+            names = ", ".join(split_of) or "images"
+            raise DataError(f"{folder} has {names}, but no training images in <class>/ or train/<class>/: add some")
+        return {}
+    if others:
+        raise DataError(f"{folder} has splits, but also images in {shorten(sorted(others), 5)}: move them elsewhere")
+    for name, split in split_of.items():
+        if split not in with_classes:
+            raise DataError(f"{folder} has images in {name}/ but no class folders: sort them into {name}/<class>/")
+    if len(with_classes) < len(split_of):
+        raise DataError(f"{folder} has two names of one split among {', '.join(split_of)}: merge these folders")
+    return split_of
+
+
+def check_classes(folder, named):
+    """Returns the sorted classes of the training images. Raises DataError if others differ from them, or look alike."""
+    classes = sorted({name for _, name in named["train"]})
+    others = {name for _, name in named["val"] + named["test"]}
+    unknown = sorted(others.difference(classes))
+    alike = {}
+    for name in classes + unknown:
+        other = alike.setdefault(unicodedata.normalize("NFC", name.strip().casefold()), name)
+        if other != name:
+            pair = f"{other!r} and {name!r} in {folder}"
+            raise DataError(f"{pair} differ only in case, spaces or Unicode form: merge these classes or rename one")
+    if unknown:
+        raise DataError(f"{folder} has no training images of the classes {shorten(unknown, 5)}: add some")
+    if len(classes) < 2:
+        raise DataError(f"{folder} needs images in two or more <class>/ or train/<class>/: it has {classes[0]}/ alone")
+    return classes
+
+
+def label_samples(named, classes):
+    """Turns the lists of (image, class) in a dict into lists of (image, label)."""
+    labels = {name: label for label, name in enumerate(classes)}
+    splits = []
+    for pairs in named.values():
+        splits.append([(image, labels[name]) for image, name in pairs])
+    return splits
+
+
+def folder_notes(splits, subfolders, left_out):
+    """What to print about a folder before training: the classes, what is left out, and of what there is little."""
+    counts = Counter(splits.classes[label] for _, label in splits.train + splits.val + splits.test)
+    notes = [f"images of each class: {shorten(counted(counts), 20)}"]
+    if subfolders:
+        notes.append(f"images in sub-folders count for the class above: {shorten(counted(subfolders), 20)}")
+    for reason, paths in left_out.items():
+        notes.append(f"left out {len(paths)} {reason}: {shorten(paths, 5)}")
+    for split, samples in (("validation", splits.val), ("test", splits.test)):
+        if len(samples) < 30:
+            notes.append(f"{len(samples)} {split} images are few, one is {100 / len(samples):.0f} points: add some")
+    return notes
+
+
+def counted(counts):
+    """{name: count} -> ["name count", ...]."""
+    return [f"{name} {count}" for name, count in counts.items()]
+
+
+def hold_out(samples, share, ranks=None):
+    """Splits samples into (kept, held out). Holds out `share` of each class, at least one but never the only one.
+
+    Those of lowest rank are held out, where `ranks` is {image: rank}. Without ranks the choice is random, and fixed.
+    """
+    order = np.random.default_rng(0).permutation
+    if ranks:
+        order = partial(sorted, key=lambda index: ranks[samples[index][0]])
+    indices = defaultdict(list)  # {label: indices of its samples}
+    for index, (_, label) in enumerate(samples):
+        indices[label].append(index)
+    held_out = set()
+    for label in sorted(indices):
+        if len(indices[label]) > 1:
+            count = max(1, round(share * len(indices[label])))
+            held_out.update(order(indices[label])[:count])
+    kept = [sample for index, sample in enumerate(samples) if index not in held_out]
+    return kept, [samples[index] for index in sorted(held_out)]
+
+
+# ---------------------------------------------------------------------- the benchmarks
+
+
+def read_fgvc(folder, images, lists, source, root, search):
+    """Reads one of FGVC's five sets: the folders of its images, and train.json, val.json and test.json as in VPT.
+
+    The lists hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
+    """
+    folder = root / folder
+    paths = {}
+    for name in images.split(","):
+        fetch(folder / name, source, partial(unpack, source), f"**/{name}")
         # By the last two parts, as cars are packed with cars_train/ and cars_test/ once or twice.
-        paths |= {path.parts[-2:]: path for path in images_below(folder / name)[0]}
-    found = []
-    for split, md5 in zip(PARTS, md5s.split()):
-        path, url = folder / f"{split}.json", f"{FGVC_SPLITS}/{lists}/{split}.json"
-        fetch(path, url, partial(datasets.utils.download_url, url, md5=md5))
+        for path in images_below(folder / name)[0]:
+            paths[path.parts[-2:]] = path
+    listed = {"train": [], "val": [], "test": []}
+    names = {}  # {class id: name}
+    for split, samples in listed.items():
+        path = folder / f"{split}.json"
+        url = f"{FGVC_SPLITS}/{lists}/{split}.json"
+        fetch(path, url, partial(download, url))
         with reading(f"the list {path}, which comes from {url}"):
-            pairs = json.loads(path.read_bytes()).items()
-            found.append([(paths.get(Path(name).parts[-2:], folder / name), int(class_id)) for name, class_id in pairs])
-    names = {class_id: image.parent.name for image, class_id in sum(found, [])}
-    if len({*names.values()}) < len(names):  # flowers and cars have no folder for each class
-        names = {class_id: f"class {class_id}" for class_id in names}
+            for name, class_id in json.loads(path.read_bytes()).items():
+                image = paths.get(Path(name).parts[-2:], folder / name)
+                samples.append((image, int(class_id)))
+                names[int(class_id)] = image.parent.name
     ids = sorted(names)
-    samples = [[(image, ids.index(class_id)) for image, class_id in part] for part in found]
-    return Splits(*samples, [names[class_id] for class_id in ids], "train.json, val.json and test.json")
+    classes = [names[class_id] for class_id in ids]
+    if len(set(classes)) < len(ids):  # flowers and cars have no folder for each class
+        classes = [f"class {class_id}" for class_id in ids]
+    train, val, test = label_samples(listed, ids)
+    return Splits(train, val, test, classes, "train.json, val.json and test.json")
 
 
-def vtab(row, root, search):
-    """VTAB-1k as its users packed it: lists of "path label", with 800 + 200 images to train on."""
-    fetch(root / "vtab-1k", row.source, partial(unpack, row.source), "vtab-1k")
-
-    def listed(name):
-        path = root / row.name.replace("vtab", "vtab-1k") / f"{name}.txt"
-        with reading(f"{path}, which comes from {row.source} and has lines of a path and a label below {row.classes}"):
-            lines = [line.rsplit(maxsplit=1) for line in path.read_text("utf-8-sig").splitlines()]
-            return [(path.parent / image, range(row.classes).index(int(label))) for image, label in lines]
-
-    classes = [f"class {label}" for label in range(row.classes)]
+def read_vtab(task, classes, source, root, search):
+    """Reads a task of VTAB-1k as its users packed it: 800 + 200 images to train on, in lists of "path label"."""
+    fetch(root / "vtab-1k", source, partial(unpack, source), "vtab-1k")
+    listed = partial(read_list, root / "vtab-1k" / task, source, classes)
+    names = [f"class {label}" for label in range(classes)]
     if search:
-        return Splits(listed("train800"), listed("val200"), [], classes, "train800 and val200")
-    return Splits(listed("train800val200"), [], listed("test"), classes, "train800val200")
+        return Splits(listed("train800"), listed("val200"), [], names, "train800 and val200")
+    return Splits(listed("train800val200"), [], listed("test"), names, "train800val200")
 
 
-def in_torchvision(kind, on_disk, row, root, search, splits=("train", "test"), **options):
-    """torchvision's data set `kind`, which makes `on_disk` below root, has these splits and takes these options."""
-    read = getattr(datasets, kind)
-    fetch(root / on_disk, row.source, lambda folder: [read(folder, split, download=True) for split in splits])
-    with reading(f"{row.name} below {root}, which comes from {row.source}"):
-        parts = [read(root, split, **options) for split in splits]
-        samples = [[(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in part] for part in parts]
-    classes = getattr(parts[0], "classes", [f"class {label}" for label in range(row.classes)])
-    train, *val, test = samples
-    if val:
-        return Splits(train, *val, test, classes, "official split")
-    train, val = hold_out(train, 0.2)
-    return Splits(train, val, test, classes, "official split, a fifth of train held out for validation")
+def read_list(folder, source, classes, name):
+    """Returns the samples of one of VTAB-1k's lists."""
+    path = folder / f"{name}.txt"
+    samples = []
+    with reading(f"{path}, which comes from {source} and has lines of a path and a label below {classes}"):
+        for line in path.read_text("utf-8-sig").splitlines():
+            image, label = line.rsplit(maxsplit=1)
+            if not 0 <= int(label) < classes:
+                raise ValueError(f"there is a label {label}")
+            samples.append((folder / image, int(label)))
+    return samples
 
 
-def hold_out(samples, share):
-    """Samples kept and samples held out: `share` of each class, at least one image but never its only one."""
-    labels, rng = np.array([label for _, label in samples]), np.random.default_rng(0)
-    held = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        own = rng.permutation(np.flatnonzero(labels == label))
-        if len(own) > 1:
-            held[own[: max(1, round(share * len(own)))]] = True
-    return [[samples[i] for i in np.flatnonzero(side)] for side in (~held, held)]
+def read_torchvision(kind, on_disk, source, root, search, splits=("train", "test"), classes=0, **options):
+    """Reads torchvision's data set `kind`, of which `on_disk` is a file or folder below root.
+
+    `splits` are torchvision's names of the splits; `classes` is the number of classes where torchvision names none.
+    """
+    fetch(root / on_disk, source, lambda folder: [kind(folder, split, download=True) for split in splits])
+    samples = []
+    with reading(f"{kind.__name__} below {root}, which comes from {source}"):
+        for split in splits:
+            images = kind(root, split, **options)
+            samples.append([(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in images])
+    names = getattr(images, "classes", [f"class {label}" for label in range(classes)])
+    if len(splits) == 3:
+        return Splits(*samples, names, "official split")
+    train, val = hold_out(samples[0], 0.2)
+    return Splits(train, val, samples[1], names, "official split, a fifth of train held out for validation")
 
 
 def fetch(path, source, download, inside="*"):
-    """If `path` is missing, `download(folder)` writes to a temporary folder, of which `inside` is then moved to `path`.
+    """If `path` is missing, calls `download(folder)` with a temporary folder, and moves `inside` of it to `path`.
 
-    Files move when all are there, in the order of their names. Where another process was faster, its files are used.
-    DataError says where to get `path` and where to put it.
+    Files move when all are there, in the order of their names. If another process was faster, its files are used.
+    Raises DataError that says where to get `path` and where to put it.
     """
     if os.path.exists(path):
         return
     why = "it is not in the archive"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds without any data, after which a server counts as gone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
@@ -247,20 +415,30 @@ def fetch(path, source, download, inside="*"):
                 made.replace(path.parent / made.name)
     except Exception as error:  # the network's, the archive's, the checksum's, the disk's
         why = error
+    finally:
+        socket.setdefaulttimeout(timeout)
     if not os.path.exists(path):
         raise DataError(f"{path} is missing and cannot be downloaded ({why}): get it from {source} and put it there")
 
 
-def unpack(source, folder, **checksum):
-    """Downloads an archive into a folder and unpacks it there, nothing outside of it; checks its md5 or sha256."""
+def unpack(source, folder):
+    """Downloads an archive into a folder and unpacks it there, and nothing outside."""
     if not source.endswith((".tgz", ".tar", ".zip")):
         raise DataError("it has no direct link")
-    datasets.utils.download_url(source, folder)
-    archive = Path(folder, Path(source).name)
-    for algorithm, digits in checksum.items():
-        if hashlib.new(algorithm, np.memmap(archive)).hexdigest() != digits:
-            raise DataError(f"its {algorithm} is not {digits}")
+    archive = download(source, folder)
     shutil.unpack_archive(archive, folder, **{} if archive.suffix == ".zip" else {"filter": "data"})
+
+
+def download(url, folder):
+    """Downloads a file into a folder. Returns its path. Raises DataError if its checksum is known and differs."""
+    datasets.utils.download_url(url, folder)
+    path = Path(folder, Path(url).name)
+    expected = CHECKSUMS.get("/".join(Path(url).parts[-2:]))
+    if expected:
+        algorithm = {32: "md5", 64: "sha256"}[len(expected)]
+        if hashlib.new(algorithm, np.memmap(path)).hexdigest() != expected:
+            raise DataError(f"its {algorithm} is not {expected}")
+    return path
 
 
 # ---------------------------------------------------------------------- images drawn by the program
@@ -268,103 +446,163 @@ def unpack(source, folder, **checksum):
 COLOURS = {"red": (220, 50, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (230, 200, 50)}
 SHAPES = {"triangle": 3, "square": 4, "disc": 30}  # sides
 KINDS = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
-DIRECTIONS = ["right", "below right", "below", "below left", "left", "above left", "above", "above right"]
+DIRECTIONS = "right, below right, below, below left, left, above left, above, above right".split(", ")
 SIDE = 48  # pixels
 
 
-def draw(rng, things):
-    """A noisy grey image (48, 48, 3) with things on it: (shape, colour, (x, y), radius), in pixels."""
+def draw(rng, objects):
+    """Draws a noisy grey image (48, 48, 3) with objects on it: (shape, colour, (x, y), radius), in pixels."""
     background = rng.integers(100, 156) + rng.normal(0, 12, (SIDE, SIDE, 3))
     image = Image.fromarray(background.clip(0, 255).astype(np.uint8))
-    for shape, colour, centre, radius in things:
+    for shape, colour, centre, radius in objects:
         ImageDraw.Draw(image).regular_polygon((*centre, radius), SHAPES[shape], fill=COLOURS[colour])
     return np.asarray(image)
 
 
 def what_and_which_colour(rng, label):
-    """An image of the source task: one thing anywhere; its shape and colour are the class."""
-    (colour, shape), radius = KINDS[label].split(), rng.uniform(6, 9)
-    return draw(rng, [(shape, colour, rng.uniform(radius, SIDE - radius, 2), radius)])
+    """Draws an image of the source task: one object anywhere. Its shape and colour are the class."""
+    colour, shape = KINDS[label].split()
+    radius = rng.uniform(6, 9)
+    centre = rng.uniform(radius, SIDE - radius, 2)
+    return draw(rng, [(shape, colour, centre, radius)])
 
 
 def where_is_blue(rng, label):
-    """An image of the target task: the class is the direction from the red thing to the blue one, of any two shapes."""
+    """Draws an image of the target task: a red and a blue object. The class is the direction from red to blue."""
     while True:
         red, blue = rng.uniform(7, SIDE - 7, (2, 2))  # (x, y) each
         dx, dy = blue - red
-        off = math.remainder(math.degrees(math.atan2(dy, dx)) - 45 * label, 360)
-        if math.hypot(dx, dy) > 18 and abs(off) < 17.5:  # not near the border of two classes
-            return draw(rng, zip(rng.choice([*SHAPES], 2), ("red", "blue"), (red, blue), rng.uniform(5, 8, 2)))
+        deviation = math.remainder(math.degrees(math.atan2(dy, dx)) - 45 * label, 360)
+        if math.hypot(dx, dy) > 18 and abs(deviation) < 17.5:  # not near the border of two classes
+            break
+    shapes = rng.choice(list(SHAPES), 2)
+    return draw(rng, zip(shapes, ("red", "blue"), (red, blue), rng.uniform(5, 8, 2)))
 
 
-def drawn(draw_one, classes, row, root, search, counts):
-    """The images of a drawn task, balanced, and always the same ones."""
+def read_drawn(draw_one, classes, counts, source, root, search):
+    """Draws the images of a task. The classes are balanced, and the images are always the same."""
     splits = []
-    for i, count in enumerate(counts):
-        rng = np.random.default_rng(i)
-        splits.append([(draw_one(rng, j % len(classes)), j % len(classes)) for j in range(count)])
+    for seed, count in enumerate(counts):
+        rng = np.random.default_rng(seed)
+        labels = [index % len(classes) for index in range(count)]
+        splits.append([(draw_one(rng, label), label) for label in labels])
     return Splits(*splits, classes, "drawn by the program")
 
 
 # ---------------------------------------------------------------------- from an image to a batch
 
 
-def transform(crop, image_size, mean, std, training=False):
-    """The paper's transforms: PIL image -> (3, height, width), normalized by mean and std per RGB channel of [0, 1].
+TRANSFORMS = ("crop-flip", "crop", "resize")
 
-    `crop` as FGVC: short side to 256 / 224 of the size, then a random crop and flip in training, the centre crop in
-    testing; else as VTAB-1k and HTA: squeezed to the size. `image_size` is (height, width) in pixels.
+
+def transform(kind, image_size, mean, std, training=False):
+    """Returns the paper's transform: PIL image -> (3, height, width), normalized by mean and std per RGB channel.
+
+    Args:
+        kind: "crop-flip" (FGVC): the short side is resized to 256 / 224 of the size; then a random crop and flip in
+            training, the centre crop in testing. "crop": the same without flip. "resize" (VTAB-1k, HTA): the whole
+            image is squeezed to the size. Raises DataError for anything else.
+        image_size: (height, width) in pixels.
+        mean, std: of each channel, for values in [0, 1].
     """
-    steps = [transforms.Resize(round(min(image_size) * 256 / 224) if crop else image_size)]
-    if crop and training:
-        steps += [transforms.RandomCrop(image_size), transforms.RandomHorizontalFlip()]
-    elif crop:
-        steps += [transforms.CenterCrop(image_size)]
+    if kind not in ("crop-flip", "crop", "resize"):
+        raise DataError(f"there is no transform {kind!r}: use crop-flip, crop or resize")
+    if kind == "resize":
+        steps = [transforms.Resize(image_size)]
+    else:
+        crop = transforms.RandomCrop if training else transforms.CenterCrop
+        steps = [transforms.Resize(round(min(image_size) * 256 / 224)), crop(image_size)]
+    if kind == "crop-flip" and training:
+        steps.append(transforms.RandomHorizontalFlip())
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def open_picture(image):
+    """Returns an upright RGB PIL image, on white where it is transparent.
+
+    `image` is a path, a PIL image, or a uint8 array (H, W, 3) or (H, W). Raises DataError for anything else, and for
+    what is damaged or cannot be converted without a guess.
+    """
+    if isinstance(image, (str, Path)):
+        with opened(image) as picture:
+            return upright_rgb(picture)
+    with reading("an image in memory", "; give a path, a PIL image or a uint8 array (H, W, 3) or (H, W)"):
+        if not isinstance(image, Image.Image):
+            if image.dtype != np.uint8 or image.ndim != 2 and image.shape[2:] != (3,):
+                raise ValueError(f"it is an array {tuple(image.shape)} of {image.dtype}")
+            image = Image.fromarray(image)
+        check_pixels(image)
+        return upright_rgb(image.copy())
 
 
 @contextmanager
 def opened(path):
-    """In a `with` block, the PIL image of a file, not yet decoded; DataError names a file that is damaged or none."""
+    """In a `with` block, the PIL image of a file, not yet decoded. DataError names a file that cannot be read."""
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
-    with reading(f"the image {path}"), open(path, "rb") as file, Image.open(file) as image:
-        if image.mode == "F" or image.mode.startswith("I") and image.format not in ("PNG", "PPM", "JPEG2000"):
-            raise ValueError(f"pixels of mode {image.mode} have no agreed scale, save them with 8 bits or as PNG")
-        yield image
+    with reading(f"the image {path}", "; convert it to JPEG or PNG, or remove it"), open(path, "rb") as file:
+        with Image.open(file) as picture:
+            check_pixels(picture)
+            yield picture
 
 
-def open_picture(image):
-    """A path or an (H, W, 3) uint8 array -> an upright RGB PIL image, on white; DataError names a damaged file."""
-    if not isinstance(image, Path):
-        return Image.fromarray(image)
-    with opened(image) as picture:
-        picture.load()
-        with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
-            ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            deep = np.asarray(picture)
-            deep = np.where(deep == picture.info.get("transparency"), 255, deep // 257)
-            picture = Image.fromarray(deep.astype(np.uint8))
-        elif picture.has_transparency_data:
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        return picture.convert("RGB")
+def check_pixels(picture):
+    """Raises ValueError for an image whose shape or pixel values would silently give nonsense."""
+    if max(picture.size) > 100 * min(picture.size):  # resized by its short side, it would fill the memory
+        raise ValueError(f"of its {picture.width} x {picture.height} pixels one side is over 100 times the other")
+    bits = getattr(picture, "tag_v2", {}).get(258, 8)  # of each band of a TIFF
+    deep = picture.mode.startswith("I") and picture.format not in ("PNG", "PPM", "JPEG2000")
+    if picture.mode == "F" or deep or np.max(bits) > 8:
+        raise ValueError(f"pixels of mode {picture.mode} with more than 8 bits have no agreed scale")
+
+
+def upright_rgb(picture):
+    """Converts a PIL image to RGB, upright and on white. Changes `picture`."""
+    picture.load()
+    with suppress(Exception):  # whatever is wrong with the metadata, the image is sound
+        ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        deep = np.asarray(picture)
+        grey = np.where(deep == picture.info.get("transparency"), 255, deep // 257)
+        picture = Image.fromarray(grey.astype(np.uint8))
+    elif picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
 
 
 def find_images(paths):
-    """The files among the paths, and for each folder all images below it, sorted; DataError for none."""
-    found = []
+    """Returns the files among the paths, and all images below the folders among them. Raises DataError if none."""
+    images = []
     for path in paths:
-        found += images_below(path)[0] if os.path.isdir(path) else [path]
-    if not found:
-        raise DataError(f"there is no image in {[*map(str, paths)]}: give images or folders of them")
-    return found
+        if os.path.isdir(path):
+            images += images_below(path)[0]
+        else:
+            images.append(Path(path))
+    if not images:
+        raise DataError(f"there is no image in {shorten(paths, 5)}: give images or folders of them, as JPEG or PNG")
+    return images
+
+
+def unreadable(images):
+    """Decodes every image once. Returns {image: reason} for those that cannot be decoded."""
+    reasons = {}
+    for image in images:
+        try:
+            open_picture(image)
+        except DataError as error:
+            reasons[image] = str(error)
+    return reasons
 
 
 class Images(Dataset):
-    """Item (index, seed) is an image, (3, height, width), with the crop and flip that the seed draws, and its label."""
+    """Item (index, seed) is (image, label): a (3, height, width) tensor, cropped and flipped as the seed draws.
 
-    def __init__(self, samples, transform):
-        self.samples, self.transform = samples, transform
+    The label of an unlabelled sample, (image, None), is -1.
+    """
+
+    def __init__(self, samples, preprocess):
+        self.samples = samples
+        self.preprocess = preprocess
 
     def __getitem__(self, key):
         index, seed = key
@@ -372,109 +610,197 @@ class Images(Dataset):
         # Without workers this is the process whose generators serve dropout, which must not notice.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.transform(open_picture(image)), label
+            pixels = self.preprocess(open_picture(image))
+        return pixels, -1 if label is None else label
 
 
 class Shuffled:
-    """Keys of `Images`, in a new order with new seeds in every epoch; both depend on `seed` and `epoch` alone."""
+    """Keys of `Images`, in a new order with new seeds in every epoch. Both depend on `seed` and `epoch` alone."""
 
     def __init__(self, count, seed):
-        self.count, self.seed, self.epoch = count, seed, 0
+        self.count = count
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self):
         return self.count
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        return zip(rng.permutation(self.count).tolist(), rng.integers(2**63, size=self.count).tolist())
+        order = rng.permutation(self.count)
+        seeds = rng.integers(2**63, size=self.count)
+        return zip(order.tolist(), seeds.tolist())
 
 
-def make_loader(samples, input, batch_size, workers, shuffle_seed=None):
-    """A DataLoader of batches: images (batch, 3, height, width), labels (batch,). Its workers live as long as it does.
+def make_loader(samples, preprocessing, batch_size, workers, shuffle_seed=None):
+    """Returns a DataLoader of batches: images (batch, 3, height, width) and labels (batch,).
 
-    `input` holds the arguments of `transform`. With a `shuffle_seed` it is for training: augmented, shuffled anew for
-    every `loader.sampler.epoch`, and without the last incomplete batch.
+    `preprocessing` is a dict of arguments of `transform`. A loader with a `shuffle_seed` is for training: it augments,
+    shuffles anew for every `loader.sampler.epoch`, and drops the last incomplete batch. Otherwise it keeps the order.
     """
-    training, workers = shuffle_seed is not None, workers if samples else 0
+    training = shuffle_seed is not None
     if training and len(samples) < batch_size:
         raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: lower --batch-size")
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
+    if not samples:
+        workers = 0
     return DataLoader(
-        Images(samples, transform(**input, training=training)), batch_size, sampler=sampler, drop_last=training,
-        num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+        Images(samples, transform(**preprocessing, training=training)),
+        batch_size,
+        sampler=sampler,
+        drop_last=training,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # not the one that serves dropout, which would then depend on the workers
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------- the table
 
+
+def adapted(lr={}, **options):
+    """Returns a row's `by_method`: options for SA2VP and adapter tuning alike, and `lr`, {method: learning rate}."""
+    by_method = {"sa2vp": dict(options), "adapter": dict(options)}
+    for method, rate in lr.items():
+        by_method.setdefault(method, {})["lr"] = rate
+    return by_method
+
+
+def read_rows(text):
+    """The lines of a text table, each a list of words."""
+    return [line.split() for line in text.strip().splitlines()]
+
+
 FGVC_SPLITS = "https://raw.githubusercontent.com/savadikarc/gift/f0cb80cb4db413ecd108dd7e74fef27105eb6b97/data"
+FGVC = """
+    cub      CUB_200_2011   images                cub            16  0.1
+    nabirds  nabirds        images                nabirds        32  0.1
+    flowers  flowers-102    jpg                   oxfordflowers   8  0.1
+    dogs     dogs           Images                stanforddogs   32  0.1
+    cars     stanford_cars  cars_train,cars_test  stanfordcars   64  1.5
+"""  # name, folder below root, folders of its images, folder of its lists at FGVC_SPLITS, inner_dim, scale
+FGVC_SOURCES = """
+    cub      https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz
+    nabirds  https://dl.allaboutbirds.org/nabirds
+    flowers  https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz
+    dogs     http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar
+    cars     https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset
+"""
+CHECKSUM_ROWS = """
+    files/CUB_200_2011.tgz    97eceeb196236b17998738112f37df78
+    102/102flowers.tgz        52808999861908f626f3c1f4e79d11fa
+    ImageNetDogs/images.tar   a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58
+    cub/train.json            8aedcb810c68c7410607a6801bc131d8
+    cub/val.json              ccbb8956711c47a59caff813075c9fe6
+    cub/test.json             5f3c7af28e087ba27079ddc6a4e7846e
+    nabirds/train.json        3835cf47e4617721556316d3b9f79db8
+    nabirds/val.json          5f6e32ed373af37be26f5c7d5f9632d9
+    nabirds/test.json         77f59e1fc2becded3c11b8a4bde70018
+    oxfordflowers/train.json  9e998dfd1e7131c799b7fcd38d559a96
+    oxfordflowers/val.json    0f08ac53a5739f0026763bd0aac3e054
+    oxfordflowers/test.json   ada4f0666adcfa3260f719a84a64b928
+    stanforddogs/train.json   937d4b859e7ca68f6667b9bf207e782a
+    stanforddogs/val.json     0a372499e9610c87403ce2a85ecae16e
+    stanforddogs/test.json    6e02d6c4ae0ad89c9f64f1b9c9bebcb5
+    stanfordcars/train.json   bde33e7dba5c6885bd4bbe44b49c036c
+    stanfordcars/val.json     db39ee040d9d38f7d929508f0b4cedb7
+    stanfordcars/test.json    8a5e55b4d0d7bde3551fa80a0f5505d7
+"""  # the end of a file's address, its MD5 or SHA-256
+CHECKSUMS = dict(read_rows(CHECKSUM_ROWS))
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
-FGVC = [
-    DataSet("cub", 200, partial(fgvc, "CUB_200_2011", ["images"], "cub",
-        "8aedcb810c68c7410607a6801bc131d8 ccbb8956711c47a59caff813075c9fe6 5f3c7af28e087ba27079ddc6a4e7846e",
-        md5="97eceeb196236b17998738112f37df78"), "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"),
-    DataSet("nabirds", 555, partial(fgvc, "nabirds", ["images"], "nabirds",
-        "3835cf47e4617721556316d3b9f79db8 5f6e32ed373af37be26f5c7d5f9632d9 77f59e1fc2becded3c11b8a4bde70018"),
-        "https://dl.allaboutbirds.org/nabirds", {"inner_dim": 32}),
-    DataSet("flowers", 102, partial(fgvc, "flowers-102", ["jpg"], "oxfordflowers",
-        "9e998dfd1e7131c799b7fcd38d559a96 0f08ac53a5739f0026763bd0aac3e054 ada4f0666adcfa3260f719a84a64b928",
-        md5="52808999861908f626f3c1f4e79d11fa"),
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", {"inner_dim": 8}),
-    DataSet("dogs", 120, partial(fgvc, "dogs", ["Images"], "stanforddogs",
-        "937d4b859e7ca68f6667b9bf207e782a 0a372499e9610c87403ce2a85ecae16e 6e02d6c4ae0ad89c9f64f1b9c9bebcb5",
-        sha256="a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
-        "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", {"inner_dim": 32}),
-    DataSet("cars", 196, partial(fgvc, "stanford_cars", ["cars_train", "cars_test"], "stanfordcars",
-        "bde33e7dba5c6885bd4bbe44b49c036c db39ee040d9d38f7d929508f0b4cedb7 8a5e55b4d0d7bde3551fa80a0f5505d7"),
-        "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset",
-        {"inner_dim": 64, "scale": 1.5, "fusion_layers": (4,)}),
-]  # fmt: skip
 TORCHVISION = [
-    DataSet("cifar10", 10, partial(in_torchvision, "CIFAR10", "cifar-10-batches-py", splits=(True, False)), CIFAR),
-    DataSet("cifar100", 100, partial(in_torchvision, "CIFAR100", "cifar-100-python", splits=(True, False)), CIFAR),
-    DataSet("dtd", 47, partial(in_torchvision, "DTD", "dtd", splits=PARTS, loader=Path),
-            "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
-    DataSet("food101", 101, partial(in_torchvision, "Food101", "food-101", loader=Path),
-            "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
-    DataSet("gtsrb", 43, partial(in_torchvision, "GTSRB", "gtsrb"), "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
-    DataSet("svhn", 10, partial(in_torchvision, "SVHN", "train_32x32.mat"), "http://ufldl.stanford.edu/housenumbers"),
+    DataSet("cifar10", partial(
+        read_torchvision, datasets.CIFAR10, "cifar-10-batches-py", splits=(True, False)), CIFAR),
+    DataSet("cifar100", partial(
+        read_torchvision, datasets.CIFAR100, "cifar-100-python", splits=(True, False)), CIFAR),
+    DataSet("dtd", partial(
+        read_torchvision, datasets.DTD, "dtd", splits=("train", "val", "test"), loader=Path),
+        "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
+    DataSet("food101", partial(
+        read_torchvision, datasets.Food101, "food-101", loader=Path),
+        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    DataSet("gtsrb", partial(
+        read_torchvision, datasets.GTSRB, "gtsrb", classes=43),
+        "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
+    DataSet("svhn", partial(
+        read_torchvision, datasets.SVHN, "train_32x32.mat", classes=10),
+        "http://ufldl.stanford.edu/housenumbers"),
 ]  # fmt: skip
-VTAB = {  # group: (r, s and batch size of most tasks, the classes of each task)
-    "vtab/natural": (8, 0.1, 64, {
-        "vtab/caltech101": 102, "vtab/cifar": 100, "vtab/dtd": 47, "vtab/oxford_flowers102": 102,
-        "vtab/oxford_iiit_pet": 37, "vtab/svhn": 10, "vtab/sun397": 397}),
-    "vtab/specialized": (16, 1.5, 40, {
-        "vtab/patch_camelyon": 2, "vtab/eurosat": 10, "vtab/resisc45": 45, "vtab/diabetic_retinopathy": 5}),
-    "vtab/structured": (32, 1.5, 40, {
-        "vtab/clevr_count": 8, "vtab/clevr_dist": 6, "vtab/dmlab": 6, "vtab/kitti": 4, "vtab/dsprites_loc": 16,
-        "vtab/dsprites_ori": 16, "vtab/smallnorb_azi": 18, "vtab/smallnorb_ele": 9}),
-}  # fmt: skip
-UNUSUAL = {  # settings of the other tasks
-    "vtab/svhn": {"inner_dim": 16, "scale": 0.5},
-    "vtab/resisc45": {"scale": 0.5},
-    "vtab/dsprites_ori": {"inner_dim": 16, "scale": 0.1},
-    "vtab/smallnorb_ele": {"scale": 0.5},
+VTAB_1K = "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
+VTAB = {  # group: a table of tasks, number of classes, inner_dim and scale
+    "vtab/natural": """
+        caltech101                102    8  0.1
+        cifar                     100    8  0.1
+        dtd                        47    8  0.1
+        oxford_flowers102         102    8  0.1
+        oxford_iiit_pet            37    8  0.1
+        svhn                       10   16  0.5
+        sun397                    397    8  0.1
+    """,
+    "vtab/specialized": """
+        patch_camelyon              2   16  1.5
+        eurosat                    10   16  1.5
+        resisc45                   45   16  0.5
+        diabetic_retinopathy        5   16  1.5
+    """,
+    "vtab/structured": """
+        clevr_count                 8   32  1.5
+        clevr_dist                  6   32  1.5
+        dmlab                       6   32  1.5
+        kitti                       4   32  1.5
+        dsprites_loc               16   32  1.5
+        dsprites_ori               16   16  0.1
+        smallnorb_azi              18   32  1.5
+        smallnorb_ele               9   32  0.5
+    """,
 }
-GENTLE = ("vtab/oxford_iiit_pet", "vtab/clevr_count")  # which take half the learning rate
-ROWS = [
-    *(row._replace(crop=True) for row in FGVC),
-    *(DataSet(name, classes, vtab, "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip",
-              {"inner_dim": r, "scale": s, "batch_size": batch_size} | UNUSUAL.get(name, {}),
-              {"sa2vp": 5e-4} if name in GENTLE else {}, vtab=True)
-      for r, s, batch_size, tasks in VTAB.values() for name, classes in tasks.items()),
-    *(row._replace(name=f"hta/{row.name}", settings={"inner_dim": 64}) for row in FGVC[:-1] + TORCHVISION),
-    DataSet("shapes", 8, partial(drawn, where_is_blue, DIRECTIONS, counts=(1000, 400, 1000)), "",
-            {"scale": 1.0, "batch_size": 32, "dropout": 0.0, "epochs": 30, "weights": "runs/shapes-vit/best.pt",
-             "image_size": SIDE},
-            {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}),  # searched on validation data
-    DataSet("shapes-source", 12, partial(drawn, what_and_which_colour, KINDS, counts=(7200, 360, 360)), "",
-            {"weights": None, "image_size": SIDE}),
-]  # fmt: skip
-TABLE = {row.name: row for row in ROWS}
-GROUPS = {  # in the paper's order; VTAB's mean is that of its three parts
-    "fgvc": [row.name for row in FGVC],
-    **{group: [*tasks] for group, (*_, tasks) in VTAB.items()},
-    "vtab": [*VTAB],
-    "hta": [name for name in TABLE if name.startswith("hta/")],
-}
+DRAWN = [
+    DataSet(
+        "shapes",
+        partial(read_drawn, where_is_blue, DIRECTIONS, (1000, 400, 1000)),
+        settings={"batch_size": 32, "epochs": 30, "weights": "runs/shapes-vit/best.pt", "image_size": SIDE},
+        by_method=adapted(  # searched on validation data
+            {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}, scale=1.0, dropout=0.0
+        ),
+    ),
+    DataSet(
+        "shapes-source",
+        partial(read_drawn, what_and_which_colour, KINDS, (7200, 360, 360)),
+        settings={"weights": "scratch", "image_size": SIDE},
+    ),
+]
+
+
+def make_table():
+    """Returns ({name: row}, {group: names of its data sets or groups}), both in the paper's order."""
+    rows = []
+    groups = {"fgvc": []}
+    for name, folder, images, lists, inner_dim, scale in read_rows(FGVC):
+        groups["fgvc"].append(name)
+        read = partial(read_fgvc, folder, images, lists)
+        by_method = adapted(inner_dim=int(inner_dim), scale=float(scale))
+        rows.append(DataSet(name, read, dict(read_rows(FGVC_SOURCES))[name], {"transform": "crop-flip"}, by_method))
+    rows[-1].by_method["sa2vp"]["fusion_layers"] = (4,)  # cars
+    full_size = [row._replace(settings={}) for row in rows[:-1]] + TORCHVISION
+    for group, tasks in VTAB.items():
+        groups[group] = []
+        for task, classes, inner_dim, scale in read_rows(tasks):
+            groups[group].append(f"vtab/{task}")
+            read = partial(read_vtab, task, int(classes))
+            settings = {"keep": "last"}  # VTAB-1k's protocol: no image is left for validation
+            if group != "vtab/natural":
+                settings["batch_size"] = 40
+            by_method = adapted(inner_dim=int(inner_dim), scale=float(scale))
+            if task in ("oxford_iiit_pet", "clevr_count"):
+                by_method["sa2vp"]["lr"] = 5e-4
+            rows.append(DataSet(f"vtab/{task}", read, VTAB_1K, settings, by_method))
+    groups["vtab"] = list(VTAB)  # its mean is that of its three groups
+    groups["hta"] = []
+    for row in full_size:
+        groups["hta"].append(f"hta/{row.name}")
+        rows.append(row._replace(name=f"hta/{row.name}", by_method=adapted(inner_dim=64)))
+    return {row.name: row for row in rows + DRAWN}, groups
+
+
+TABLE, GROUPS = make_table()

@@ -1,8 +1,8 @@
 """SA2VP: Spatially Aligned-and-Adapted Visual Prompt (Pei et al., AAAI 2024).
 
-Two pathways run through the same frozen encoder layers T_i: the base pathway B carries the image tokens, the prompt
-pathway P a learned two-dimensional map of prompt tokens, one for each patch. In every layer one pathway sends the other
-a message: a patch token attends only to the tokens around its own place, the class token to all.
+Two pathways run through the same frozen encoder layers T_i. The base pathway B carries the image tokens. The prompt
+pathway P carries a learned two-dimensional map of prompt tokens, one for each patch. In every layer one pathway sends
+the other a message: a patch token attends only to the tokens around its own place, the class token attends to all.
 
     (1)  B_0 = [cls ; patches(I)] + E_pos
     (2)  P_0 = p W_p + b_p + E_pos
@@ -14,11 +14,13 @@ a message: a patch token attends only to the tokens around its own place, the cl
     (7)  i in F:      fusion = g_i * T_i(p_i W_i + b_i)
     (8)  loss = 0.8 CE(head(LN(B_L)[cls]), y) + 0.2 CE(head(LN(P_L)[cls]), y)
 
-The numbers are this project's own. N is the number of patches, h x w their grid, h' x w' that of the prompt map (the
-same unless scaled), d the width of the encoder, r the inner dimension of prompt maps and adapters. N(t) is the aligned
-neighbourhood of token t. D and F are sets of layers. In training B_0, P_0 and T_i's MLPs have dropout too.
+The equation numbers are this project's, not the paper's. N is the number of patches and h x w their grid. h' x w' is
+the grid of the prompt map, equal to h x w unless the map is scaled. d is the width of the encoder, r the inner dimension
+of the prompt maps and adapters. N(t) is the aligned neighbourhood of token t. D and F are sets of layers. `*` is the
+element-wise product. During training, dropout also acts on B_0, on P_0 and in the MLPs of T_i.
 """
 
+import copy
 import inspect
 import math
 from pathlib import Path
@@ -26,11 +28,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vit import InputError, fingerprint, interpolate_positions, load_tensors, load_vit, read_file
+from vit import InputError, fingerprint, interpolate_positions, is_file, load_tensors, load_vit, read_file
 
 
 class FullPrecisionLinear(nn.Linear):
-    """A linear layer without autocast, so that logits and the residual streams of prompts keep their precision."""
+    """A linear layer without autocast: logits and the residual stream of the prompts keep their precision."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -38,7 +40,7 @@ class FullPrecisionLinear(nn.Linear):
 
 
 class PromptMap(nn.Module):
-    """The prompt map, Eq. (2) without E_pos: p W + b, (1, 1 + h' w', d): a class token, then one for each place."""
+    """The prompt map, Eq. (2) without E_pos: p W + b, (1, 1 + h' w', d). The class token comes first."""
 
     def __init__(self, grid, inner_dim, dim):
         super().__init__()
@@ -52,35 +54,42 @@ class PromptMap(nn.Module):
         return self.proj(self.tokens)
 
 
-def aligned_neighbourhood(grid, other, window):
-    """N(t) as a boolean matrix (1 + h w, 1 + h' w'): does token t attend to token u of the other map?
+def near(cells, other_cells, window):
+    """Which cells of one axis lie within window / 2 cells of each other, (cells, other_cells), boolean."""
+    y = torch.arange(cells)[:, None]
+    z = torch.arange(other_cells)
+    # The distance of the centres (y + 0.5) / cells and (z + 0.5) / other_cells, in integers: no rounding decides.
+    distance = ((2 * y + 1) * other_cells - (2 * z + 1) * cells).abs()
+    return distance < window * max(cells, other_cells)
 
-    The class token attends to all, a patch token to the patch tokens whose cell centre is within window / 2 cells of
-    the coarser grid in y and x: 3x3 for window 3 at equal sizes, cut off at the border. InputError if one is empty.
+
+def aligned_neighbourhood(grid, other_grid, window):
+    """The aligned neighbourhood N(t) as a boolean matrix (1 + h w, 1 + h' w'): True where token t attends to token u.
+
+    The class token attends to all tokens. A patch token attends to the patch tokens of the other map whose centre is
+    less than window / 2 cells away in y and in x, where each axis counts in cells of its coarser grid. At equal sizes
+    and window 3 that is the 3x3 window around its own place, cut off at the border. InputError if a token would have
+    nothing to attend to.
     """
-    def near(n, m):  # of n and m cells along one axis, (n, m)
-        y, z = torch.arange(n)[:, None], torch.arange(m)
-        # The distance of the centres (y + 0.5) / n and (z + 0.5) / m, in integers, so that no rounding decides.
-        return ((2 * y + 1) * m - (2 * z + 1) * n).abs() < window * max(n, m)
-
-    patches = torch.kron(*map(near, grid, other))  # (h w, h' w'): near(h, h') in y and near(w, w') in x
-    mask = nn.functional.pad(patches, (1, 0, 1, 0))  # a row and a column of False, number 0: the class tokens
-    mask[0] = True  # the class token attends to all
+    rows = near(grid[0], other_grid[0], window)
+    columns = near(grid[1], other_grid[1], window)
+    mask = nn.functional.pad(torch.kron(rows, columns), (1, 0, 1, 0))  # a row and a column of False: the class tokens
+    mask[0] = True
     if window % 2 == 0 or not mask.any(1).all():
-        raise InputError(f"window {window} must be odd and leave no token of {grid} nothing to attend to in {other}")
+        raise InputError(f"window {window} must be odd and leave no token of {grid} without any of {other_grid}")
     return mask
 
 
 class SpatiallyAlignedCrossAttention(nn.Module):
-    """Spatially aligned cross attention, Eq. (3): X (batch, tokens, d) -> C_i(X, Y). All weights are frozen layer i's.
+    """Spatially aligned cross attention, Eq. (3): X (batch, tokens, d) -> C_i(X, Y). All its weights are layer i's.
 
-    q, k, v = Wq LN1(X), Wk LN1(Y), Wv LN1(Y) come from `layer.qkv`, which computes them once for T_i and C_i.
-    `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y); None: each attends to all.
+    q = Wq LN1(X), k = Wk LN1(Y) and v = Wv LN1(Y) come from `layer.start`, which computes them once for T_i and C_i.
+    `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y). None: every token attends to all.
     """
 
     def __init__(self, mask, drop):
         super().__init__()
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)  # not in the state dict
         self.drop = drop
 
     def forward(self, layer, x, q, k, v):
@@ -88,10 +97,11 @@ class SpatiallyAlignedCrossAttention(nn.Module):
 
 
 class PromptAdapter(nn.Module):
-    """The prompt adapter, Eq. (4): A_i(Z), (batch, tokens, d) -> the same, by way of r. It has no residual."""
+    """The prompt adapter, Eq. (4): A_i(Z), (batch, tokens, d) -> the same, through r dimensions. It has no residual."""
 
     def __init__(self, dim, inner_dim, drop):
         super().__init__()
+        check("inner_dim", inner_dim, 1)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.down = nn.Linear(dim, inner_dim)
         self.up = nn.Linear(inner_dim, dim)
@@ -102,13 +112,14 @@ class PromptAdapter(nn.Module):
 
     def forward(self, z):
         # As in the released code. The paper's figure draws ReLU in place of GELU, and no LayerNorm.
-        return self.drop(self.up(self.drop(nn.functional.gelu(self.down(self.norm(z))))))
+        hidden = self.drop(nn.functional.gelu(self.down(self.norm(z))))
+        return self.drop(self.up(hidden))
 
 
 class InterLayerPromptFusion(nn.Module):
     """Inter-layer prompt fusion, Eq. (7): g_i * T_i(p_i W_i + b_i), a new prompt map through frozen layer i.
 
-    It does not depend on the image: one, (1, 1 + h' w', d), serves the batch. No position embedding is added to p_i.
+    The result does not depend on the image: one, (1, 1 + h' w', d), serves the whole batch. p_i gets no E_pos.
     """
 
     def __init__(self, grid, inner_dim, dim):
@@ -123,31 +134,38 @@ class InterLayerPromptFusion(nn.Module):
 class BilateralInteraction(nn.Module):
     """Bilateral interaction: takes both pathways through frozen layer i, while one sends the other a message.
 
-    Knowledge prompting P -> B, Eq. (5); or, where it `distills`, knowledge distillation B -> P, Eq. (6), and
-    where it `fuses`, inter-layer prompt fusion, Eq. (7). Only the class tokens leave the `last` layer.
+    Knowledge prompting P -> B, Eq. (5). Where it `distills`: knowledge distillation B -> P, Eq. (6), and where it
+    `fuses`, also inter-layer prompt fusion, Eq. (7). Only the class tokens leave the `last` layer.
     """
 
     def __init__(self, vit, prompt_grid, inner_dim, scale, window, distills, fuses, last):
         super().__init__()
-        grids = (prompt_grid, vit.grid) if distills else (vit.grid, prompt_grid)  # of X (queries) and Y (keys, values)
-        mask = None if window is None or last else aligned_neighbourhood(*grids, window)  # last: only class tokens ask
+        mask = None
+        if window is not None and not last:  # in the last layer only the class tokens ask, and they attend to all
+            grids = (prompt_grid, vit.grid) if distills else (vit.grid, prompt_grid)  # of X and of Y
+            mask = aligned_neighbourhood(*grids, window)
         self.cross_attention = SpatiallyAlignedCrossAttention(mask, vit.drop)
         self.adapter = PromptAdapter(vit.dim, inner_dim, vit.drop)
         self.fusion = InterLayerPromptFusion(prompt_grid, inner_dim, vit.dim) if fuses else None
-        self.scale, self.distills, self.last = scale, distills, last
+        self.scale = scale
+        self.distills = distills
+        self.last = last
 
     def forward(self, layer, base, prompt):
         """B_i (batch, 1 + N, d), P_i (batch, 1 + h' w', d) -> B_{i+1}, P_{i+1}."""
-        # P_i does not depend on the image before the first layer in D: until then it is a batch of one.
-        qb, kb, vb = layer.qkv(base)
-        qp, kp, vp = layer.qkv(prompt)
-        kept = slice(1) if self.last else slice(None)  # only the class tokens leave the last layer
-        base, qb, prompt, qp = base[:, kept], qb[:, :, kept], prompt[:, kept], qp[:, :, kept]
+        # Up to the first layer in D, P_i does not depend on the image and is a batch of one.
+        qb, kb, vb = layer.start(base)
+        qp, kp, vp = layer.start(prompt)
+        if self.last:  # only the class tokens go on, so only they ask
+            base = base[:, :1]
+            prompt = prompt[:, :1]
+            qb = qb[:, :, :1]
+            qp = qp[:, :, :1]
 
         next_base = layer.finish(base, qb, kb, vb)  # T_i(B_i)
         next_prompt = layer.finish(prompt, qp, kp, vp)  # T_i(P_i)
         if self.fusion:  # Eq. (7)
-            next_prompt = next_prompt + self.fusion(layer)[:, kept]
+            next_prompt = next_prompt + self.fusion(layer)[:, : prompt.size(1)]
         if self.distills:  # Eq. (6)
             next_prompt = next_prompt + self.scale * self.adapter(self.cross_attention(layer, prompt, qp, kb, vb))
         else:  # Eq. (5)
@@ -158,44 +176,55 @@ class BilateralInteraction(nn.Module):
 class SA2VP(nn.Module):
     """A frozen ViT, tuned by a spatially aligned-and-adapted prompt map. InputError for options out of range.
 
-    vit             the pre-trained backbone; it is changed in place: frozen, and given this `dropout`
+    vit             the pre-trained backbone. It is changed in place: frozen, with this `dropout`. It belongs to this
+                    model alone, since a second method would change its dropout.
     num_classes     outputs of the head, which both pathways share
-    inner_dim       r, the rank of the prompt maps and the width inside the adapters
+    inner_dim       r, the rank of the prompt maps and the hidden width of the adapters
     scale           s, the weight of a message
-    dropout         rate of `vit.drop`, which serves B_0, P_0, the MLPs, the cross attention and the adapters alike
+    dropout         rate of `vit.drop`, which acts on B_0, on P_0, in the MLPs, the cross attention and the adapters
     window          side of the aligned neighbourhood in cells, odd; None: every token attends to all
-    prompt_grid     (h', w') of a scaled prompt map; None: the image's own grid; "half": half of that
+    prompt_grid     (h', w') of a scaled prompt map; None: the image's grid; "half": half of it
     distill_layers  D, where B sends P the message; None: every fourth layer from 0; (): no layer
     fusion_layers   F, a subset of D, where a new prompt map enters; None: D without 0
+
+    The masks of the aligned neighbourhoods are not in the state dict: build the model on a real device, with the
+    settings of its run. Hooks, sharding and activation checkpointing belong on `interactions[i]`, because the layers
+    `vit.blocks[i]` themselves are called for new prompt maps only.
     """
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
                  distill_layers=None, fusion_layers=None):  # fmt: skip
         super().__init__()
+        check("scale", scale, 0)
         depth = len(vit.blocks)
-        # As in the released code the first interaction distils; in the paper's figure it prompts.
+        # As in the released code the first interaction distils. In the paper's figure it prompts.
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
             raise InputError(f"fusion layers {fusion} must be a subset of distill layers {distill} of 0 to {depth - 1}")
+        grid = prompt_grid or vit.grid
         if prompt_grid == "half":
-            prompt_grid = tuple(side // 2 for side in vit.grid)
-        self.prompt_grid = grid = prompt_grid or vit.grid
+            grid = (vit.grid[0] // 2, vit.grid[1] // 2)
+        if min(grid) < 1:
+            raise InputError(f"prompt grid {grid[0]}x{grid[1]}: both sides must be at least 1")
+        self.prompt_grid = grid
         self.vit = freeze(vit, dropout)
         self.prompt_map = PromptMap(grid, inner_dim, vit.dim)
-        self.interactions = nn.ModuleList(
-            BilateralInteraction(vit, grid, inner_dim, scale, window, i in distill, i in fusion, i == depth - 1)
-            for i in range(depth)
-        )
+        self.interactions = nn.ModuleList()
+        for i in range(depth):
+            last = i == depth - 1
+            interaction = BilateralInteraction(vit, grid, inner_dim, scale, window, i in distill, i in fusion, last)
+            self.interactions.append(interaction)
         self.head = make_head(vit, num_classes)
 
     def forward(self, images):
-        """Figure 2: (batch, 3, height, width) -> scores (batch, num_classes) of each pathway; the base's predict."""
+        """Figure 2: (batch, 3, height, width) -> logits (batch, num_classes) of each pathway. The base's predict."""
         base = self.vit.embed(images)  # Eq. (1), (batch, 1 + N, d)
         prompt = self.vit.drop(self.embed_prompts())  # Eq. (2), (1, 1 + h' w', d)
         for layer, interaction in zip(self.vit.blocks, self.interactions):
             base, prompt = interaction(layer, base, prompt)  # Eq. (3) to (7)
-        base_logits, prompt_logits = (self.head(self.vit.norm(tokens[:, 0])) for tokens in (base, prompt))
+        base_logits = self.head(self.vit.norm(base[:, 0]))
+        prompt_logits = self.head(self.vit.norm(prompt[:, 0]))
         return base_logits, prompt_logits.expand_as(base_logits)
 
     def embed_prompts(self):
@@ -204,13 +233,17 @@ class SA2VP(nn.Module):
 
 
 def two_pathway_loss(logits, labels):
-    """Eq. (8), mean over the batch, of (base_logits, prompt_logits); plain cross-entropy of a baseline's (logits,)."""
-    weights = (0.8, 0.2) if len(logits) == 2 else (1.0,)
-    return sum(weight * nn.functional.cross_entropy(scores, labels) for weight, scores in zip(weights, logits))
+    """Eq. (8), mean over the batch, of (base_logits, prompt_logits). Of a baseline's (logits,): plain cross-entropy."""
+    losses = [nn.functional.cross_entropy(scores, labels) for scores in logits]
+    if len(losses) == 1:
+        return losses[0]
+    base_loss, prompt_loss = losses
+    return 0.8 * base_loss + 0.2 * prompt_loss
 
 
 def freeze(vit, dropout=0.0):
     """Freezes the backbone in place, and sets the rate of its dropout."""
+    check("dropout", dropout, 0, 1)
     vit.drop.p = dropout
     return vit.requires_grad_(False)
 
@@ -222,13 +255,19 @@ def make_head(vit, num_classes):
     return head
 
 
+def check(name, value, low, high=math.inf):
+    """InputError unless the option's value is at least `low` and less than `high`."""
+    if not low <= value < high:
+        raise InputError(f"{name} is {value}, but must be at least {low} and less than {high}")
+
+
 # ---------------------------------------------------------------------- baselines
 
 
 class ViTClassifier(nn.Module):
     """A linear head on the class token: images (batch, 3, height, width) -> (logits,), (batch, num_classes).
 
-    As it stands it is full fine-tuning, or on a frozen ViT the linear probe. Other baselines change `layer`.
+    As it stands it is full fine-tuning, or on a frozen ViT the linear probe. Other baselines override `layer`.
     """
 
     def __init__(self, vit, num_classes):
@@ -257,12 +296,14 @@ class VPTDeep(ViTClassifier):
 
     def __init__(self, vit, num_classes, prompts=50):
         super().__init__(freeze(vit), num_classes)
+        check("prompts", prompts, 1)
         bound = (6 / (3 * math.prod(vit.patch_size) + vit.dim)) ** 0.5  # as VPT draws them
         self.prompts = nn.Parameter(torch.empty(len(vit.blocks), prompts, vit.dim).uniform_(-bound, bound))
 
     def layer(self, i, x):
-        """T_i([x ; prompts]) without the prompts' outputs. Attention ignores order, so they can come last."""
-        return super().layer(i, torch.cat([x, self.prompts[i].expand(x.size(0), -1, -1)], dim=1))[:, : x.size(1)]
+        """T_i([x ; prompts]) without the prompts' outputs. Attention ignores order, so the prompts can come last."""
+        prompts = self.prompts[i].expand(x.size(0), -1, -1)
+        return super().layer(i, torch.cat([x, prompts], dim=1))[:, : x.size(1)]
 
 
 class AdapterTuning(ViTClassifier):
@@ -270,6 +311,7 @@ class AdapterTuning(ViTClassifier):
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1):
         super().__init__(freeze(vit, dropout), num_classes)
+        check("scale", scale, 0)
         self.scale = scale
         self.adapters = nn.ModuleList(PromptAdapter(vit.dim, inner_dim, vit.drop) for _ in vit.blocks)
 
@@ -278,101 +320,157 @@ class AdapterTuning(ViTClassifier):
         return super().layer(i, x) + self.scale * self.adapters[i](x)
 
 
+# A new method is a class, or a function that returns a model, and a row here. It takes a backbone, the number of classes
+# and its options, each with a default. It has the attribute `vit`, a `head`, and returns a tuple of logits.
 METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "adapter": AdapterTuning, "linear": linear_probe, "full": ViTClassifier}
 
 
 def options(method):
-    """Names of a method's options, a set; InputError if there is no such method."""
+    """A method's options and their defaults, {name: default}, from its signature. InputError for an unknown method."""
     if method not in METHODS:
-        raise InputError(f"there is no method {method}: take one of {', '.join(METHODS)}")
-    return inspect.signature(METHODS[method]).parameters.keys() - {"vit", "num_classes"}
+        raise InputError(f"there is no method {method}: choose one of {', '.join(METHODS)}")
+    parameters = list(inspect.signature(METHODS[method]).parameters.values())
+    defaults = {}
+    for parameter in parameters[2:]:  # after vit and num_classes
+        if parameter.default is parameter.empty:
+            raise InputError(f"option {parameter.name} of method {method} needs a default")
+        defaults[parameter.name] = parameter.default
+    return defaults
 
 
 def build(vit, num_classes, settings):
-    """The method named settings["method"] on a backbone, with those of the settings that are its options."""
-    own = {name: settings[name] for name in options(settings["method"]) if name in settings}
-    return METHODS[settings["method"]](vit, num_classes, **own)
+    """The method settings["method"] on a backbone. Its options are taken from the settings, else they are defaults."""
+    method = settings["method"]
+    chosen = {name: settings[name] for name in options(method) if name in settings}
+    return METHODS[method](vit, num_classes, **chosen)
 
 
 # ---------------------------------------------------------------------- looking inside
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def class_attention(model, images):
     """What the class token attends to in the last layer's self attention: (batch, 3, height, width) -> (batch, h, w).
 
-    The mean over the heads; of SA2VP, in the base pathway. `model` is a method or a bare VisionTransformer,
-    in evaluation mode. Values sum to 1 minus the class token's attention to itself and to VPT's prompts.
+    The mean over the heads; of SA2VP, in the base pathway. `model` is a method or a bare VisionTransformer, in
+    evaluation mode. The values sum to 1 minus the class token's attention to itself and to VPT's prompts.
     """
-    vit, seen = getattr(model, "vit", model), []
-    hook = vit.blocks[-1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    # In a copy the hook disturbs no other thread, and is called even if the model is compiled.
+    model = copy.deepcopy(getattr(model, "_orig_mod", model))
+    vit = getattr(model, "vit", model)
+    last = vit.blocks[-1]
+    tokens = []
+    last.norm1.register_forward_hook(lambda module, inputs, output: tokens.append(output))
     model(images)
-    hook.remove()
-    q, k, _ = vit.blocks[-1].attn.project(seen[0])  # SA2VP sends the base pathway through a layer first
+    q, k, _ = last.attn.project(tokens[0])  # the base pathway goes through a layer before the prompts do
     attention = (q[:, :, :1] @ k.mT / q.size(-1) ** 0.5).softmax(-1)  # (batch, heads, 1, tokens)
-    return attention.mean(1)[:, 0, 1 : vit.pos_embed.size(1)].unflatten(1, vit.grid)
+    patches = attention.mean(1)[:, 0, 1 : vit.pos_embed.size(1)]  # (batch, N)
+    return patches.unflatten(1, vit.grid)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prompting_strength(model, images):
     """How much the prompts of an SA2VP change each image token: (batch, 3, height, width) -> (batch, h, w).
 
     The norm of B_{i+1} - T_i(B_i), summed over all layers but the last. `model` is in evaluation mode.
     """
-    base, prompt, strength = model.vit.embed(images), model.embed_prompts(), 0
+    base = model.vit.embed(images)
+    prompt = model.embed_prompts()
+    strength = torch.zeros_like(base[:, 1:, 0])  # (batch, N)
     for layer, interaction in zip(model.vit.blocks[:-1], model.interactions):
         unprompted = layer(base)
         base, prompt = interaction(layer, base, prompt)
-        strength += (base - unprompted)[:, 1:].norm(dim=-1)  # (batch, N)
+        strength += (base - unprompted)[:, 1:].norm(dim=-1)
     return strength.unflatten(1, model.vit.grid)
 
 
 # ---------------------------------------------------------------------- files
 
+VERSION = 2  # of best.pt, last.pt and result.json
+
 
 def trained_parameters(model):
-    """Name -> parameter of all that is trained, which is what a checkpoint holds."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Name -> parameter of all that is trained: the parameters themselves, not copies."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_state(model):
+    """Name -> tensor of the state dict without frozen parameters, which is what a checkpoint holds.
+
+    That is what is trained, and buffers such as a BatchNorm's statistics. The tensors are the model's, not copies.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            tensors.pop(name)
+    return tensors
 
 
 def load_trained(model, tensors):
-    """Puts `trained_parameters` back; InputError names one that is missing, left over or of another shape."""
-    load_tensors(trained_parameters(model), tensors)
+    """Copies a `trained_state` into a model. InputError names a tensor that is missing, left over or misshapen."""
+    load_tensors(trained_state(model), tensors)
 
 
 def count_trained(model):
     """How many numbers are trained, without the head, as the field counts them."""
-    return sum(p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head."))
+    counts = [p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head.")]
+    return sum(counts)
 
 
 def read_checkpoint(path):
-    """What a best.pt or last.pt holds, a dict; nothing in it is executed. InputError if it is something else."""
+    """What a best.pt or last.pt holds, a dict. Nothing in it is executed. InputError if it is something else."""
     checkpoint = read_file(path)
-    for name in "trained settings classes backbone fingerprint input root history".split():
+    for name in ("trained", "settings", "classes", "backbone", "fingerprint", "digest", "input", "root", "history"):
         if name not in checkpoint:
-            raise InputError(f"{path} is no checkpoint of this version: it has no {name}")
+            raise InputError(f"{path} is not a checkpoint of this project: it has no {name}")
+    upgrade(checkpoint)
     return checkpoint
 
 
+def upgrade(run):
+    """Gives the content of a checkpoint or result.json of version 1 the form of today's, in place."""
+    if run.get("version", 1) > VERSION:
+        raise InputError(f"it was written by a newer version of this project, version {run['version']}")
+    settings = run["settings"]
+    if "warmup_epochs" in settings:  # it was a number, and is a share of the epochs
+        warmup_epochs = settings.pop("warmup_epochs")
+        is_default = warmup_epochs == round(settings["epochs"] / 10)
+        settings["warmup"] = 0.1 if is_default else warmup_epochs / settings["epochs"]
+    run.setdefault("batch_size", settings["batch_size"])
+    if "crop" in run.get("input", {}):
+        run["input"]["kind"] = "crop-flip" if run["input"].pop("crop") else "resize"
+
+
 def load(path, weights=None):
-    """Reads a tuned model, best.pt or its folder: (model in evaluation mode, meta); InputError if it does not fit.
+    """Reads a tuned model, best.pt or its folder: (model in evaluation mode, meta). InputError if it does not fit.
 
     meta is the rest of the file: `classes` (names), `input` (arguments of data.transform), `settings` and more. The
-    backbone is in `weights`, where the run had it or, of that name, beside best.pt; that of `full` is in best.pt.
+    backbone's file is `weights`, else the run's, else the file of that name beside best.pt. With full fine-tuning the
+    backbone is in best.pt.
     """
-    path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.pt"
     meta = read_checkpoint(path)
     try:
-        settings = meta["settings"]
-        weights = path if settings["method"] == "full" else weights or settings["weights"]
-        beside = path.with_name(Path(weights).name)
-        if beside.is_file() and beside != path and not Path(weights).is_file():
-            weights = beside
-        vit = load_vit(weights, **meta["backbone"])
-        if weights != path and fingerprint(vit) != meta["fingerprint"]:
-            raise InputError(f"it was tuned on another backbone than {weights}: give --weights (weights=)")
-        model = build(vit, len(meta["classes"]), settings)
+        backbone = load_backbone(path, meta, weights)
+        model = build(backbone, len(meta["classes"]), meta["settings"])
         load_trained(model, meta.pop("trained"))
     except (KeyError, TypeError, InputError) as error:  # of settings or tensors that do not fit
         raise InputError(f"cannot load {path}: {error}") from error
     return model.eval(), meta
+
+
+def load_backbone(path, meta, weights=None):
+    """The backbone of the checkpoint in `path`, whose content is `meta`. InputError if the weights are others."""
+    if meta["settings"]["method"] == "full":
+        return load_vit(path, **meta["backbone"])
+    if weights is None:
+        weights = meta["settings"]["weights"]
+        beside = path.with_name(Path(weights).name)
+        if is_file(beside) and beside != path and not is_file(weights):
+            weights = beside
+    vit = load_vit(weights, **meta["backbone"])
+    if fingerprint(vit) != meta["fingerprint"]:
+        raise InputError(f"it was tuned on another backbone than {weights}: give --weights (weights=)")
+    return vit

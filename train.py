@@ -1,17 +1,21 @@
-"""Tunes a pre-trained ViT on a data set: `python train.py --data cub --gpu 0`; `--help` lists the settings.
+"""Fine-tunes a pre-trained ViT on a data set.
 
-A run reads its data, puts a method on a frozen backbone, trains it, keeps the epoch of highest validation accuracy
-(for VTAB-1k the last epoch) and evaluates that epoch once on the test data. Its folder holds metrics.csv (one row per
-epoch), best.pt (the kept epoch), last.pt (the last completed epoch, to resume from) and result.json.
+    python train.py --data cub --gpu 0               train SA2VP on CUB-200-2011 and test it
+    python train.py --eval runs/cub-sa2vp            test a finished run again, class by class
+    python train.py --predict runs/cub-sa2vp new/    classify images
 
-Any setting may be given several values: several data sets, methods or seeds are several runs, several values of
-anything else are a search. Several runs end with a table.
+A run reads its data, adds a tuning method to the backbone, trains it, keeps the epoch of highest validation accuracy
+(for VTAB-1k the last epoch) and evaluates that epoch once on the test data. The run's folder holds metrics.csv (one row
+per epoch), last.pt (all that is needed to resume), best.pt (the kept epoch, written at the end) and result.json.
+
+Every option takes one or more values. Several data sets, methods or seeds: one run each. Several values of any other
+option: a search by validation accuracy. More than one run: a table at the end.
 """
 
 import argparse
 import csv
+import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -22,38 +26,90 @@ import sys
 import tempfile
 import time
 import traceback
-from functools import partial
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
 import sa2vp
 import vit
+from vit import InputError
 
-# Every setting of a run. A data set's row in data.py overrides these, and the command line overrides both.
-DEFAULTS = dict(
-    data="shapes", method="sa2vp",
-    weights="imagenet21k", image_size=224, heads=None, normalize=None,  # None: as the weights file says
-    epochs=100, warmup_epochs=None,  # None: a tenth of the epochs
-    batch_size=64, lr=None, weight_decay=1e-4,  # None: the method's LEARNING_RATE
-    inner_dim=16, scale=0.1, dropout=0.1,  # r, the rank of the prompt map; s, the weight of a message
-    window=3, prompt_grid=None, distill_layers=None, fusion_layers=None,  # sa2vp.SA2VP says what None means
-    prompts=50, seed=42,  # prompts: of vpt
-    search=False,  # not a flag: in a search VTAB-1k is trained on 800 of its 1,000 images, validated on the others
-)  # fmt: skip
-# Peak learning rates of AdamW: sa2vp's is the paper's, vpt's and linear's were searched on validation data.
-LEARNING_RATE = {"sa2vp": 1e-3, "vpt": 1e-3, "adapter": 1e-3, "linear": 1e-2, "full": 1e-4}
+# The settings of every run. The options of a method are the arguments of its class in sa2vp.py. A data set's row in
+# data.py overrides the defaults of both, and the command line overrides all.
+DEFAULTS = {
+    "data": "shapes",
+    "method": "sa2vp",
+    "weights": "imagenet21k",  # "scratch": the small ViT below, with random weights
+    "image_size": 224,
+    "heads": None,  # None: read from the weights
+    "normalize": None,  # None: read from the weights
+    "transform": "resize",
+    "epochs": 100,
+    "warmup": 0.1,  # a share of the epochs
+    "batch_size": 64,
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "keep": "best",
+    "seed": 42,
+    "search": False,  # not a flag: in a search VTAB-1k is trained on 800 of its 1,000 images, validated on the others
+}
+LEARNING_RATE = {"linear": 1e-2, "full": 1e-4}  # of methods whose default is not 1e-3
+MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "warmup": 0, "batch_size": 1, "lr": 1e-12, "weight_decay": 0, "seed": 0}
+
+# The backbone of the generated images: small, pre-trained by this program to tell the shape and colour of an object.
+SMALL_VIT = {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
+PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
+PRETRAINING = {"data": "shapes-source", "method": "full", "epochs": 8, "batch_size": 32, "lr": 2e-3}
+
+
+def complete_settings(given):
+    """All settings of a run from those given, {name: value}: fills in the defaults, drops options of other methods.
+
+    InputError for a name that is neither a setting nor an option of any method, and for a value out of range.
+    """
+    row = data.find(given["data"])
+    method = given["method"]
+    settings = defaults_of(method)
+    for changes in (row.settings, row.by_method.get(method, {}), given):
+        for name, value in changes.items():
+            if name in settings:
+                settings[name] = value
+            elif name not in all_options():
+                raise InputError(f"{name}: not an option of any method")
+    for name, minimum in MINIMUM.items():
+        if settings[name] is not None:
+            sa2vp.check(name, settings[name], minimum)
+    # Make paths absolute, so that they mean the same from every working directory.
+    if settings["data"] not in data.TABLE:
+        settings["data"] = os.path.abspath(os.path.expanduser(settings["data"]))
+    if settings["weights"] not in vit.BACKBONES and settings["weights"] != "scratch":
+        settings["weights"] = os.path.abspath(os.path.expanduser(settings["weights"]))
+    return settings
+
+
+def defaults_of(method):
+    """The default of every setting and of every option of the method, {name: value}."""
+    defaults = DEFAULTS | sa2vp.options(method)
+    defaults["lr"] = LEARNING_RATE.get(method, defaults["lr"])
+    return defaults
+
+
+def all_options():
+    """The settings and the options of all methods, each once, {name: the default of one method}."""
+    options = dict(DEFAULTS)
+    for method in sa2vp.METHODS:
+        options.update(sa2vp.options(method))
+    return options
 
 
 class Machine(NamedTuple):
-    """What a run computes on. None of it is a setting of the method."""
+    """Hardware and paths. They are not part of a run's settings."""
 
     device: torch.device
     dtype: torch.dtype  # of matrix products
@@ -65,426 +121,681 @@ class Machine(NamedTuple):
 # ---------------------------------------------------------------------- the loop
 
 
-def fit(settings, out, machine, test=True):
-    """Trains a run, or resumes it from out/last.pt, and returns its result. With test=False no test images are read."""
-    splits, model, meta = prepare(settings, machine)
+def fit(settings, out, machine, test=True, splits=None):
+    """Trains a run, or resumes it, and returns its result, the content of out/result.json. A finished run is kept.
+
+    `settings` are all settings of the run (`complete_settings`), `out` is its folder. With test=False no test image is
+    read, as in a search. `splits` are the images, if they are read already.
+    """
+    splits = splits or read_data(settings["data"], machine.root, settings["search"])
+    backbone = load_backbone(settings)
+    meta = describe_run(settings, splits, backbone, machine)
+    result = read_result(out, meta)
+    if result and (result["accuracy"] is not None or not test):
+        print(f"{out} is already finished; to train it again, delete its folder")
+        return result
+    model = build_model(backbone, meta, machine)
     optimizer = make_optimizer(model, settings["weight_decay"])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    history = resume(out, meta, model, optimizer, scaler)  # one dict per completed epoch
-    on_gpu = machine.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-
+    history, kept = resume(out, meta, model, optimizer, scaler)
     # The loaders are made once, because starting their workers takes seconds.
-    loader = partial(data.make_loader, input=meta["input"], batch_size=settings["batch_size"], workers=machine.workers)
-    train_batches, val_batches = loader(splits.train, shuffle_seed=settings["seed"]), loader(splits.val)
-    steps = settings["epochs"] * len(train_batches)
-    few = ", perhaps too few: try a smaller --batch-size or more --epochs" if steps < 200 else ""
-    print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
-          f"{machine.device} in {machine.dtype}, to {out}, in {steps} steps{few}")  # fmt: skip
+    loading = {"preprocessing": meta["input"], "batch_size": meta["batch_size"], "workers": machine.workers}
+    train_batches = data.make_loader(splits.train, **loading, shuffle_seed=settings["seed"])
+    val_batches = data.make_loader(splits.val, **loading)
+    if not test:
+        splits = splits._replace(test=[])
+    prepare_folder(out, settings, splits)
+    announce(settings, out, machine, model, len(train_batches))
 
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
-        # Each epoch is seeded by (seed, epoch), so a resumed run gives the numbers of an uninterrupted one.
-        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout; each epoch below 10,007 has its own
-        train_batches.sampler.epoch = epoch  # the sampler seeds order, crops and flips
+        # Each epoch is seeded by (seed, epoch), so a resumed run reproduces an uninterrupted one.
+        torch.manual_seed(10_007 * settings["seed"] + epoch)  # of dropout; unique with fewer than 10,007 epochs
+        train_batches.sampler.epoch = epoch  # seeds the order, the crops and the flips
         loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
-        accuracy, prompt_accuracy = evaluate(model, val_batches, machine)
-        history.append(dict(epoch=epoch + 1, loss=loss, lr=lr, val_accuracy=accuracy,
-                            val_prompt_accuracy=prompt_accuracy, seconds=time.perf_counter() - start,
-                            peak_memory_mib=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None))  # fmt: skip
-        print(f"epoch {epoch + 1:3d}  loss {loss:.4f}  lr {lr:.1e}  validation {shown(accuracy)} %  "
-              f"{history[-1]['seconds']:.1f} s")  # fmt: skip
+        row = {"epoch": epoch + 1, "loss": loss, "lr": lr}
+        for name, accuracy in evaluate(model, val_batches, machine).items():
+            row[f"val_{name}"] = accuracy
+        row["seconds"] = time.perf_counter() - start
+        history.append(row)
+        print_epoch(row, settings["epochs"])
 
-        checkpoint = meta | {"trained": sa2vp.trained_parameters(model), "history": history}
-        # The epoch of highest validation accuracy is kept; ties go to the later one. For VTAB-1k it is the last.
-        if data.find(settings["data"]).vtab or all(accuracy >= earlier["val_accuracy"] for earlier in history):
-            save(out / "best.pt", checkpoint)
+        trained = {name: tensor.detach().cpu().clone() for name, tensor in sa2vp.trained_state(model).items()}
+        if settings["keep"] == "last" or is_best(history):
+            kept = {"epoch": epoch + 1, "trained": trained}
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        save(out / "last.pt", dict(meta, history=history, trained=trained, kept=kept, **state))
         save(out / "metrics.csv", history)
-        save(out / "last.pt", checkpoint | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
 
     # The test images are read only here, once, with the kept epoch.
-    kept = sa2vp.read_checkpoint(out / "best.pt")
+    save(out / "best.pt", dict(meta, history=history[: kept["epoch"]], trained=kept["trained"]))
     sa2vp.load_trained(model, kept["trained"])
-    accuracy, prompt_accuracy = evaluate(model, loader(splits.test), machine) if test else (None, None)
-    best = kept["history"][-1]
-    result = dict(accuracy=accuracy, prompt_accuracy=prompt_accuracy, val_accuracy=best["val_accuracy"],
-                  best_epoch=best["epoch"], trainable=sa2vp.count_trained(model),
-                  seconds=sum(row["seconds"] for row in history), peak_memory_mib=best["peak_memory_mib"],
-                  settings=settings)  # fmt: skip
+    result = dict(meta, best_epoch=kept["epoch"], val_accuracy=history[kept["epoch"] - 1]["val_accuracy"])
+    result.update(evaluate(model, data.make_loader(splits.test, **loading), machine))
+    result.update(trainable=sa2vp.count_trained(model), seconds=sum(row["seconds"] for row in history))
     save(out / "result.json", result)
     return result
 
 
-def forward(model, images, machine):
-    """The logits of each pathway, computed on the machine with matrix products in its dtype."""
-    images = images.to(machine.device, non_blocking=True)
-    with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-        return model(images)
+def read_data(name, root, search=False):
+    """The images of a data set or folder, `data.Splits`; prints what they are."""
+    row = data.find(name)
+    splits = data.load(row, root, search)
+    print(f"{row.name}: {splits.describe()}")
+    for note in splits.notes:
+        print(note)
+    return splits
+
+
+def load_backbone(settings):
+    """The pre-trained backbone of a run; prints what it is."""
+    if settings["weights"] == "scratch":
+        torch.manual_seed(settings["seed"])
+        backbone = vit.VisionTransformer(settings["image_size"], **SMALL_VIT)
+    else:
+        backbone = vit.load_vit(settings["weights"], settings["image_size"], settings["heads"], settings["normalize"])
+    print(f"{settings['weights']}: {backbone.describe()}")
+    for note in backbone.notes:
+        print(note)
+    return backbone
+
+
+def describe_run(settings, splits, backbone, machine):
+    """What the checkpoints of a run hold besides weights, a dict."""
+    heads = backbone.blocks[0].attn.heads
+    mean, std = vit.mean_and_std(backbone.normalize)
+    return {
+        "version": sa2vp.VERSION,
+        "settings": settings,
+        "classes": list(splits.classes),
+        "images": [len(splits.train), len(splits.val), len(splits.test)],
+        "digest": data.digest(splits),
+        "batch_size": settings["batch_size"] or data.default_batch_size(len(splits.train)),
+        "fingerprint": vit.fingerprint(backbone),
+        "backbone": {"image_size": backbone.image_size, "heads": heads, "normalize": backbone.normalize},
+        "input": {"kind": settings["transform"], "image_size": backbone.image_size, "mean": mean, "std": std},
+        "root": os.path.abspath(machine.root),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "device": str(machine.device),
+        "dtype": str(machine.dtype),
+        "torch": str(torch.__version__),
+    }
+
+
+COMPARED = {  # what tells runs of the same settings apart, in words
+    "images": "{} training, validation and test images, now {}",
+    "digest": "different images or classes",
+    "batch_size": "batch size {}, now {}",
+    "backbone": "a backbone with {}, now {}",
+    "fingerprint": "a different backbone",
+}
+UNCOMPARED = {"data", "weights", "heads", "normalize", "batch_size"}  # settings that these stand for; paths may change
+
+
+def check_same(path, before, meta):
+    """InputError unless the run in `path`, whose content is `before`, is the one that `meta` describes."""
+    settings = meta["settings"]
+    differences = []
+    for key, words in COMPARED.items():
+        if key in before and json.dumps(before[key]) != json.dumps(meta[key]):  # JSON has lists for tuples
+            differences.append(words.format(before[key], meta[key]))
+    # A setting that is newer than the run had its default.
+    earlier = complete_settings({"data": settings["data"], "method": settings["method"]}) | before["settings"]
+    for name in settings.keys() - UNCOMPARED:
+        if json.dumps(earlier[name]) != json.dumps(settings[name]):
+            differences.append(f"{name} {text(earlier[name])}, now {text(settings[name])}")
+    if differences:
+        raise InputError(f"{path} was trained with {differences[0]}; choose another --out, or delete the run's folder")
+
+
+def read_result(out, meta=None):
+    """The result.json in a run's folder, a dict, or None if there is none.
+
+    InputError if it is damaged or, with `meta`, of a different run.
+    """
+    path = out / "result.json"
+    if not vit.is_file(path):
+        return None
+    try:
+        result = json.loads(path.read_bytes())
+        sa2vp.upgrade(result)
+        if "digest" not in result and vit.is_file(out / "best.pt"):  # version 1 has it in best.pt alone
+            result = sa2vp.read_checkpoint(out / "best.pt") | result
+        result["accuracy"], result["val_accuracy"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {path} ({error}); choose another --out, or delete the run") from None
+    if meta:
+        check_same(path, result, meta)
+    return result
+
+
+def build_model(backbone, meta, machine):
+    """The run's method on its backbone, on the machine."""
+    settings = meta["settings"]
+    torch.manual_seed(settings["seed"])  # the initialisation does not depend on random numbers used above
+    model = sa2vp.build(backbone, len(meta["classes"]), settings).to(machine.device)
+    cast_frozen(model, machine.dtype)
+    if machine.compile:
+        torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
+        model.compile(dynamic=False)
+    return model
+
+
+def cast_frozen(model, dtype):
+    """Casts the frozen weights of matrix products, which autocast would otherwise cast again on every use."""
+    for module in model.modules():
+        is_product = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        if not is_product or isinstance(module, sa2vp.FullPrecisionLinear):
+            continue
+        for parameter in (module.weight, module.bias):
+            if parameter is not None and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+
+def make_optimizer(model, weight_decay):
+    """AdamW, betas (0.9, 0.999); weight decay on matrices, prompt maps and gates, not on biases and norms."""
+    decayed = []
+    others = []
+    for parameter in sa2vp.trained_parameters(model).values():
+        if parameter.ndim > 1:
+            decayed.append(parameter)
+        else:
+            others.append(parameter)
+    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=weight_decay)
+
+
+def resume(out, meta, model, optimizer, scaler):
+    """Loads the last completed epoch, if there is one: (history, a dict for each completed epoch; the kept epoch)."""
+    path = out / "last.pt"
+    if not vit.is_file(path):
+        return [], None
+    state = sa2vp.read_checkpoint(path)
+    check_same(path, state, meta)
+    sa2vp.load_trained(model, state["trained"])
+    optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:  # empty if the run was begun in another dtype than float16
+        scaler.load_state_dict(state["scaler"])
+    if "kept" not in state:  # version 1 has the kept epoch in best.pt alone
+        best = sa2vp.read_checkpoint(out / "best.pt")
+        state["kept"] = {"epoch": len(best["history"]), "trained": best["trained"]}
+    print(f"resuming after epoch {len(state['history'])}")
+    return state["history"], state["kept"]
+
+
+def prepare_folder(out, settings, splits):
+    """Finds out before the training what would otherwise end it later.
+
+    InputError if the run's folder cannot be written, if test images of a folder of one's own cannot be decoded, or if
+    there are no validation images to choose an epoch by.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+    if settings["keep"] == "best" and not splits.val:
+        raise InputError("there are no validation images to choose an epoch by: give --keep last")
+    if settings["data"] not in data.TABLE:
+        failed = data.unreadable(image for image, _ in splits.test)
+        if failed:
+            raise InputError(f"{len(failed)} test images cannot be read: {data.shorten(list(failed.values()), 5)}")
+
+
+def announce(settings, out, machine, model, steps_per_epoch):
+    """Prints what is about to run."""
+    steps = settings["epochs"] * steps_per_epoch
+    print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
+    print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
+          f"{machine.device} in {machine.dtype}, to {out}, in {steps} steps")  # fmt: skip
+    if steps < 200:
+        print(f"{steps} steps may be too few: try a smaller --batch-size or more --epochs")
 
 
 def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
     """One pass over the training data: (mean loss, last learning rate)."""
     model.train()
-    warmup_steps, total_steps = settings["warmup_epochs"] * len(batches), settings["epochs"] * len(batches)
-    total = 0  # becomes a tensor that stays on the device, so that no step waits for a transfer
+    total_steps = settings["epochs"] * len(batches)
+    warmup_steps = round(settings["warmup"] * settings["epochs"]) * len(batches)
+    total = torch.zeros((), device=machine.device)  # stays on the device, so that no step waits for a transfer
     bar = tqdm(batches, f"epoch {epoch + 1}/{settings['epochs']}", leave=False, disable=None)
     for step, (images, labels) in enumerate(bar, start=epoch * len(batches)):
         lr = learning_rate(step, warmup_steps, total_steps, settings["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        loss = sa2vp.two_pathway_loss(forward(model, images, machine), labels.to(machine.device, non_blocking=True))
-        # In float16 small gradients vanish, so the scaler multiplies the loss and divides gradients; else it is off.
+        labels = labels.to(machine.device, non_blocking=True)
+        loss = sa2vp.two_pathway_loss(forward(model, images, machine), labels)
+        # Small float16 gradients underflow to zero, so the scaler multiplies the loss and divides the gradients again.
+        # In other dtypes it does nothing.
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         total += loss.detach()
     loss = total.item() / len(batches)
     if not math.isfinite(loss):
-        raise vit.InputError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
+        raise InputError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {settings['lr']}")
     return loss, lr
 
 
-@torch.inference_mode()
-def evaluate(model, batches, machine):
-    """Accuracy in percent of each pathway, (base, prompt); None for a missing pathway or without images."""
-    model.eval()
-    correct, count = 0, 0
-    for images, labels in batches:
-        logits = torch.stack(forward(model, images, machine))  # (pathways, batch, classes)
-        correct += (logits.argmax(dim=2) == labels.to(machine.device)).sum(dim=1)  # (pathways,)
-        count += len(labels)
-    if count == 0:
-        return None, None
-    base, *prompt = (100 * number / count for number in correct.tolist())
-    return base, prompt[0] if prompt else None
-
-
-def make_optimizer(model, weight_decay):
-    """AdamW, betas (0.9, 0.999); weight decay on matrices, prompt maps and gates, not on biases and norms."""
-    trained = sa2vp.trained_parameters(model).values()
-    decayed, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=weight_decay)
+def forward(model, images, machine):
+    """The logits of each pathway in float32. Matrix products are computed in the machine's dtype."""
+    images = images.to(machine.device, non_blocking=True)
+    with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
+        logits = model(images)
+    return [scores.float() for scores in logits]
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
-    """Linear warm-up from 0 to the peak, then a cosine down to the floor; steps count from 0."""
+    """Linear warm-up from 0 to the peak, then cosine decay to the floor. Steps count from 0."""
     if step < warmup_steps:
         return peak * step / max(1, warmup_steps - 1)
     done = (step - warmup_steps) / (total_steps - warmup_steps)
     return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2
 
 
-# ---------------------------------------------------------------------- what a run starts from
+@torch.inference_mode()
+def predict(model, batches, machine):
+    """For all images of a loader, in their order: (logits (images, pathways, classes), labels (images,)), on the CPU.
 
-# The backbone of the generated images: small, pre-trained here to tell the shape and colour of a thing.
-SMALL_VIT = dict(patch_size=8, dim=64, depth=6, heads=1, normalize="imagenet")
-PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
-PRETRAINING = dict(data="shapes-source", method="full", epochs=8, batch_size=32, lr=2e-3)
-
-
-def complete_settings(given):
-    """All settings of a run, from what was given: {setting: value}, without the options of other methods."""
-    row, method = data.find(given["data"]), given["method"]
-    settings = DEFAULTS | row.settings | given
-    if_none = {"lr": (LEARNING_RATE | row.lr)[method], "warmup_epochs": round(settings["epochs"] / 10)}
-    settings |= {name: if_none[name] for name in if_none if settings[name] is None}
-    for name, known in (("data", data.TABLE), ("weights", vit.BACKBONES)):
-        if settings[name] not in (None, *known):  # a path: the same from every working directory
-            settings[name] = os.path.abspath(os.path.expanduser(settings[name]))
-    others = set().union(*map(sa2vp.options, sa2vp.METHODS)) - sa2vp.options(method)
-    return {name: value for name, value in settings.items() if name not in others}
-
-
-def prepare(settings, machine):
-    """The data, the method on its backbone, and `meta`: what a run's checkpoints store besides weights."""
-    if settings["epochs"] <= settings["warmup_epochs"]:
-        raise vit.InputError(f"--epochs {settings['epochs']} must be above --warmup-epochs {settings['warmup_epochs']}")
-    row, weights = data.find(settings["data"]), settings["weights"]
-    if weights == os.path.abspath(PRETRAINED) and not PRETRAINED.with_name("result.json").exists():
-        print(f"pre-training a small ViT on single shapes (once; kept as {PRETRAINED})")
-        fit(complete_settings(PRETRAINING), PRETRAINED.parent, machine)
-    torch.manual_seed(settings["seed"])  # the small ViT is initialised at random
-    if weights:
-        backbone = vit.load_vit(weights, settings["image_size"], settings["heads"], settings["normalize"])
-    else:
-        backbone = vit.VisionTransformer(settings["image_size"], **SMALL_VIT)
-    splits = data.load(row, machine.root, settings["search"])
-    print(f"{row.name}: {splits.describe()}", *splits.notes, sep="\n")
-    print(f"{weights or 'from scratch'}: {backbone.describe()}", *backbone.notes, sep="\n")
-    print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
-    mean, std = vit.NORMALIZE[backbone.normalize]
-    meta = {
-        "settings": settings,
-        "classes": list(splits.classes),
-        "backbone": {"image_size": backbone.image_size, "heads": backbone.blocks[0].attn.heads,
-                     "normalize": backbone.normalize},
-        "fingerprint": vit.fingerprint(backbone),
-        "digest": data.digest(splits),
-        "input": {"crop": row.crop, "image_size": backbone.image_size, "mean": mean, "std": std},
-        "root": os.path.abspath(machine.root),
-    }  # fmt: skip
-    torch.manual_seed(settings["seed"])  # the method starts the same, whatever was drawn before
-    model = sa2vp.build(backbone, len(splits.classes), settings).to(machine.device)
-    for module in model.modules():
-        # Otherwise autocast casts the frozen weights anew at every use, and keeps the copies until backward.
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
-            module.to(machine.dtype)
-    if machine.compile:
-        torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
-        model.compile(dynamic=False)
-    return splits, model, meta
-
-
-def resume(out, meta, model, optimizer, scaler):
-    """Loads the last completed epoch, if there is one. Returns the history, a dict for each completed epoch."""
-    state = read_run(out / "last.pt", meta["settings"] | {name: meta[name] for name in ("fingerprint", "digest")})
-    if not state:
-        return []
-    sa2vp.load_trained(model, state["trained"])
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:  # empty if the run was begun in another dtype than float16
-        scaler.load_state_dict(state["scaler"])
-    print(f"resuming after epoch {len(state['history'])}")
-    return state["history"]
-
-
-def read_run(path, now):
-    """A run's last.pt or result.json, a dict; empty if there is none. InputError if damaged or of another run.
-
-    `now` is the run's settings, with the backbone's `fingerprint` and the `digest` of images and classes where known.
+    The base pathway comes first. Its largest logit is the prediction.
     """
-    if not path.exists():
-        return {}
-    try:
-        content = sa2vp.read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_bytes())
-        then = content | content["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise vit.InputError(f"{path} is damaged or of another version: delete it to run again") from None
-    # Settings can differ if DEFAULTS have changed since, or if two paths end alike, as a name has only their ends.
-    for name, value in now.items():
-        if json.dumps(then.get(name)) != json.dumps(value):  # JSON has lists for tuples
-            other = f"{name} {then.get(name)}, not {value}"
-            what = {"fingerprint": "another backbone", "digest": "other images or classes"}.get(name, other)
-            raise vit.InputError(f"{path} belongs to a run with {what}: give another --out")
-    return content
+    model.eval()
+    logits = []
+    labels = []
+    for images, batch_labels in batches:
+        logits.append(torch.stack(forward(model, images, machine), dim=1).cpu())  # (batch, pathways, classes)
+        labels.append(batch_labels)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def evaluate(model, batches, machine):
+    """Accuracy in percent of each pathway: {"accuracy", "prompt_accuracy"}.
+
+    None for a pathway that the method does not have, and for both if there are no images.
+    """
+    accuracies = {"accuracy": None, "prompt_accuracy": None}
+    if len(batches) > 0:
+        logits, labels = predict(model, batches, machine)
+        correct = (logits.argmax(dim=2) == labels[:, None]).sum(dim=0)  # (pathways,)
+        for name, count in zip(accuracies, correct.tolist()):
+            accuracies[name] = 100 * count / len(labels)
+    return accuracies
+
+
+def print_epoch(row, epochs):
+    """Prints an epoch, and after the first about how long all of them take."""
+    line = f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  lr {row['lr']:.1e}"
+    if row["val_accuracy"] is not None:
+        line += f"  validation {row['val_accuracy']:.2f} %"
+    print(f"{line}  {row['seconds']:.1f} s")
+    if row["epoch"] == 1:
+        print(f"all {epochs} epochs take about {epochs * row['seconds'] / 60:.0f} minutes")
+
+
+def is_best(history):
+    """Whether the last epoch has the highest validation accuracy. On ties the later epoch is the best."""
+    return history[-1]["val_accuracy"] == max(row["val_accuracy"] for row in history)
 
 
 # ---------------------------------------------------------------------- several runs
 
-ABLATIONS = {  # --ablate: what each variant changes in sa2vp
-    "full-method": {}, "linear-probe": {"method": "linear"}, "no-prompts": {"method": "adapter"},
-    "window-none": {"window": None}, "window-1": {"window": 1}, "window-5": {"window": 5},  # none: not aligned
-    "no-distillation": {"distill_layers": (), "fusion_layers": ()}, "no-fusion": {"fusion_layers": ()},
-    "half-size-map": {"prompt_grid": "half"},
-}  # fmt: skip
-REPEATED = ("data", "method", "seed")  # several values of these are several runs; of any other setting, a search
+REPEATED = ("data", "method", "seed")  # several values of these are several runs; of any other option, a search
 
 
-def train(given, out, machine):
-    """Every run that was asked for, one after another; several end with a table. Returns the exit code.
+class Sweep:
+    """The runs of one command, one after another, and the table of their results.
 
-    `given` is {setting: values}. Each data set is run with each method and each seed, and tested. Several values of any
-    other setting are a search: each combination is trained with the first seed and not tested. The one of highest
-    validation accuracy (of equals the first) is then trained with every seed and tested.
+    `given` is {option: values}. Each data set is run with each method and each seed, and tested. Several values of any
+    other option are a search: each combination is trained with the first seed and not tested. The combination of highest
+    validation accuracy (the first on ties) is then trained with every seed and tested.
     """
-    if (out / "last.pt").exists():
-        raise vit.InputError(f"{out} is the folder of one run: --out is the folder that holds those of all runs")
-    given = {name: [DEFAULTS[name]] for name in REPEATED} | given
-    varied = [name for name in given if len(given[name]) > 1 and name not in REPEATED]
-    rows, scores, codes = [], {}, []
 
-    def trial(name, variant, settings, seeds, test=True):
-        """Runs these settings with each seed. Adds a row to the table and returns it."""
-        results = []
-        for seed in seeds:
-            settings = settings | {"seed": seed}
-            folder = out / run_name(settings)
-            print()
-            try:
-                result = read_run(folder / "result.json", settings)
-                if result and (result["accuracy"] is not None or not test):
-                    print(f"{folder} holds this run, finished, and is kept: delete it to train anew")
-                else:
-                    result = fit(settings, folder, machine, test)
-                found = ", ".join(f"{key} {shown(result[key])}" for key in result if key != "settings")
-                print(f"{folder}: test {found}")
-                results.append(result)
-            except Exception as error:  # the other runs go on
-                codes.append(report(error, f"{folder} could not run: "))
-        row = {"data": text(name), "method": variant}
-        row |= {setting: text(settings[setting]) for setting in varied if setting in settings}
-        if len(results) == len(seeds):
-            validated = [result["val_accuracy"] for result in results]
-            row["val_accuracy"] = None if None in validated else statistics.mean(validated)
-            row["trainable"] = results[0]["trainable"]
-            if test:
-                scores[name, variant] = [result["accuracy"] for result in results]
-                row |= mean_and_std(scores[name, variant])
-        rows.append(row)
-        return row
+    def __init__(self, given, out, machine):
+        if vit.is_file(out / "last.pt"):
+            raise InputError(f"{out} is the folder of a single run; --out must be its parent")
+        self.given = dict(given)
+        for name in REPEATED:
+            self.given.setdefault(name, [DEFAULTS[name]])
+        self.out = out
+        self.machine = machine
+        self.exit_codes = []  # of runs that failed
+        # One command reads a data set once. Nothing is cached between commands.
+        self.read = functools.cache(functools.partial(read_data, root=machine.root))
 
-    for (name, variant), choices in list_combinations(given).items():
-        choice = choices[0]
+    def run(self):
+        """Trains and tests everything, and prints the table. Returns the exit code."""
+        plan = list_combinations(self.given)
+        try:
+            for choices in plan:
+                self.search_and_test(choices)
+        finally:  # also after Ctrl-C
+            if len(plan) > 1 or len(plan[0]) > 1 or len(self.given["seed"]) > 1:
+                list_runs(self.out)
+        return min(self.exit_codes, default=0)  # a bug, 1, before what the user can fix, 2
+
+    def search_and_test(self, choices):
+        """Chooses among the settings, if there are several, and tests the chosen ones with every seed."""
+        chosen = choices[0]
         if len(choices) > 1:
-            # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000.
-            search = {"search": data.find(name).vtab}
-            found = [trial(name, variant, settings | search, given["seed"][:1], test=False) for settings in choices]
-            best = max(found, key=lambda row: row.get("val_accuracy", -1))
-            if "val_accuracy" not in best:
-                continue
-            choice = choices[found.index(best)]
-            chosen = ", ".join(f"{setting} {best[setting]}" for setting in varied if setting in best)
-            print(f"\nchosen: {chosen} (if that is the first or last value tried, try beyond it)")
-        trial(name, variant, choice, given["seed"])
+            chosen = self.search(choices)
+        if chosen:
+            for seed in self.given["seed"]:
+                self.attempt(dict(chosen, seed=seed))
 
-    if len(rows) > 1 or len(given["seed"]) > 1:
-        columns = ["data", "method", *varied, "val_accuracy", "accuracy", "std", "seeds", "trainable"]
-        rows = [{column: row.get(column) for column in columns} for row in rows + group_rows(scores)]
-        path = out / f"{file_name(given)}.csv"
-        print_table(rows)
-        save(path, rows)
-        print(f"wrote {path}")
-    return min(codes, default=0)  # a bug, 1, before what the user can fix, 2
+    def search(self, choices):
+        """The settings of highest validation accuracy among the choices. None if all failed."""
+        accuracies = []
+        for settings in choices:
+            # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000 images.
+            is_vtab = settings["data"].startswith("vtab/")
+            result = self.attempt(dict(settings, search=is_vtab), test=False)
+            accuracies.append(result["val_accuracy"] if result else -1.0)
+        best = max(accuracies)
+        if best < 0:
+            return None
+        chosen = choices[accuracies.index(best)]
+        print(f"\nchosen, with {best:.2f} % validation accuracy; {accuracies.count(-1.0)} combinations failed:")
+        for name, values in self.given.items():
+            if name in chosen and name not in REPEATED:
+                print(f"  {name} {text(chosen[name])} of {', '.join(map(text, values))}")
+        return chosen
+
+    def attempt(self, settings, test=True):
+        """One run and its result. None if it fails; the other runs go on."""
+        folder = self.out / run_name(settings)
+        print()
+        try:
+            if settings["weights"] == os.path.abspath(PRETRAINED):
+                pretrain(self.machine)
+            splits = self.read(settings["data"], search=settings["search"])
+            result = fit(settings, folder, self.machine, test, splits)
+            print_result(folder, result)
+            return result
+        except Exception as error:
+            self.exit_codes.append(report(error, f"{folder} failed: "))
+            return None
 
 
 def list_combinations(given):
-    """{setting: values} -> {(data set, variant): settings of each combination, with the first seed}.
+    """{option: values} -> for each data set and method the settings of each combination, with the first seed.
 
-    A setting is only for the methods that have it. InputError if none of them does.
+    InputError for an option that none of the methods has.
     """
-    variants = [variant for method in given["method"] for variant in (ABLATIONS if method == "ablation" else [method])]
-    combinations, unused = {}, set(given) - set(REPEATED)
-    for name, variant in itertools.product(data.members(given["data"]), variants):
-        change = ABLATIONS.get(variant, {"method": variant})
-        fixed = {"data": name, "method": "sa2vp", "seed": given["seed"][0]} | change
-        free = [setting for setting in complete_settings(fixed) if setting in given and setting not in fixed]
-        unused -= set(free)
-        values = itertools.product(*(given[setting] for setting in free))
-        combinations[name, variant] = [complete_settings(fixed | dict(zip(free, choice))) for choice in values]
+    plan = []
+    unused = set(given) - set(REPEATED)
+    for name, method in itertools.product(data.members(given["data"]), given["method"]):
+        fixed = {"data": name, "method": method, "seed": given["seed"][0]}
+        options = [option for option in defaults_of(method) if option in given and option not in fixed]
+        unused -= set(options)
+        choices = []
+        for values in itertools.product(*map(given.get, options)):
+            choices.append(complete_settings(fixed | dict(zip(options, values))))
+        plan.append(choices)
     if unused:
-        raise vit.InputError(f"{', '.join(unused)} is not a setting of {' or '.join(variants)}")
-    return combinations
+        raise InputError(f"{', '.join(unused)}: not an option of {' or '.join(given['method'])}")
+    return plan
 
 
-def group_rows(scores):
-    """Rows for the means of complete groups; `scores` is {(data set, variant): accuracies by seed}."""
-    rows, scores = [], dict(scores)
-    for group, variant in itertools.product(data.GROUPS, dict.fromkeys(variant for _, variant in scores)):
-        members = [scores.get((part, variant)) for part in data.GROUPS[group]]
-        if all(members):
-            scores[group, variant] = list(map(statistics.mean, zip(*members)))
-            rows.append({"data": group, "method": variant} | mean_and_std(scores[group, variant]))
-    return rows
+def pretrain(machine):
+    """Trains the small ViT of the generated images, unless it is there already with today's settings.
+
+    It is trained in a folder of this process, which is moved when it is complete. If two processes do so at once, the
+    first to finish wins, and the other uses its weights.
+    """
+    folder = PRETRAINED.parent
+    if is_pretrained(folder):
+        return
+    print(f"pre-training a small ViT on single objects (once; kept as {PRETRAINED})")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pretraining-") as temporary:
+        fit(complete_settings(PRETRAINING), Path(temporary, "new"), machine)
+        if not is_pretrained(folder):
+            if folder.exists():
+                folder.rename(Path(temporary, "old"))  # of other settings
+            Path(temporary, "new").rename(folder)
 
 
-def mean_and_std(accuracies):
-    """Mean and standard deviation over the seeds, for a row of a table."""
-    std = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-    return {"accuracy": statistics.mean(accuracies), "std": std, "seeds": len(accuracies)}
+def is_pretrained(folder):
+    """Whether the folder holds a finished pre-training with today's settings."""
+    result = read_result(folder)
+    return bool(result) and result["settings"] == complete_settings(PRETRAINING)
+
+
+def print_result(folder, result):
+    """Prints the last line of a run."""
+    line = f"{folder}: best epoch {result['best_epoch']}"
+    if result["val_accuracy"] is not None:
+        line += f", validation accuracy {result['val_accuracy']:.2f} %"
+    if result["accuracy"] is not None:
+        line += f", test accuracy {result['accuracy']:.2f} %"
+    print(line)
+
+
+def changed_settings(settings):
+    """The settings that differ from their defaults for this data set and method, {name: value}, the seed last."""
+    defaults = complete_settings({"data": settings["data"], "method": settings["method"]})
+    changed = {}
+    for name in sorted(defaults, key=("seed", "search").count):  # these two come last
+        value = settings.get(name, defaults[name])
+        if json.dumps(value) != json.dumps(defaults[name]):
+            changed[name] = value
+    return changed
 
 
 def run_name(settings):
-    """The name of a run's folder: data set, method and the settings that differ from their defaults for these."""
-    different = {}
-    for name, value in settings.items():
-        others = {other: settings[other] for other in settings if other != name}
-        if name in ("data", "method") or complete_settings(others)[name] != value:
-            different[name] = [value]
-    return file_name(different)
+    """The name of a run's folder, such as cub-sa2vp-lr0.005-seed1: data set, method and what differs from the defaults.
 
-
-def file_name(values):
-    """A file's name from {setting: values}, such as cub+dogs-vpt-seed0+1; a long one is cut and ends in a hash."""
-    parts = [(name if name not in ("data", "method") else "") + "+".join(map(text, values[name])) for name in values]
+    A long name is cut and ends in a hash.
+    """
+    parts = [text(settings["data"]), settings["method"]]
+    for name, value in changed_settings(settings).items():
+        parts.append(name + text(value))
     name = re.sub(r"(\.\.)?[/\\:]+", "-", "-".join(parts)).strip("-")
-    return name if len(name) <= 100 else f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    encoded = os.fsencode(name)
+    if len(encoded) > 100:
+        name = encoded[:91].decode(errors="ignore") + "-" + hashlib.sha256(encoded).hexdigest()[:8]
+    return name
 
 
-# ---------------------------------------------------------------------- with a tuned model
-
-TILE, TITLE = 200, 24  # pixels
-
-
-@torch.inference_mode()
-def show(path, samples, model, meta, machine):
-    """--show: draws a row for each sample, the image and then measures in orange, brightest at a column's maximum."""
-    transform = data.transform(**meta["input"])
-    images = torch.stack([transform(data.open_picture(image)) for image, _ in samples]).to(machine.device)
-    # The square root of attention, because a few patches have most of it.
-    columns = {"attention, encoder alone": sa2vp.class_attention(model.vit, images).sqrt(),
-               "attention, whole model": sa2vp.class_attention(model, images).sqrt()}  # fmt: skip
-    if isinstance(model, sa2vp.SA2VP):
-        columns["change by the prompts"] = sa2vp.prompting_strength(model, images)
-    mean, std, orange = (images.new_tensor(values)[:, None, None]
-                         for values in (meta["input"]["mean"], meta["input"]["std"], (1.0, 0.65, 0.1)))  # fmt: skip
-    tiles = [F.interpolate(images * std + mean, (TILE, TILE))]
-    for values in columns.values():
-        brightness = F.interpolate((values / values.amax())[:, None], (TILE, TILE))
-        tiles.append(0.3 * tiles[0] + 0.7 * orange * brightness)
-    grid = make_grid(torch.stack(tiles, dim=1).flatten(0, 1), len(tiles), pad_value=1)
-    page = to_pil_image(F.pad(grid, (0, 0, TITLE, 0), value=1))
-    for i, title in enumerate(["image", *columns]):
-        ImageDraw.Draw(page).text((4 + i * (TILE + 2), 4), title, "black", font_size=15)
-    save(path, page)
-    print(f"wrote {path}")
+def list_runs(out):
+    """--list: prints and writes to list.csv a row for each group of finished runs that differ in the seed alone."""
+    groups = {}
+    for path in sorted(out.glob("**/result.json")):
+        result = read_result(path.parent)
+        key = json.dumps([dict(result["settings"], seed=None), result.get("digest")])
+        groups.setdefault(key, []).append(result)
+    if not groups:
+        print(f"there is no finished run below {out}")
+        return
+    rows = [summarise(group) for group in groups.values()]
+    print_table(rows)
+    save(out / "list.csv", rows)
+    print(f"wrote {out / 'list.csv'}")
 
 
-# ---------------------------------------------------------------------- files and what is printed
-
-
-def save(path, content):
-    """Writes a .pt, .png, .json or .csv file, whole or not at all. InputError if it cannot be written."""
-    buffer = io.BytesIO()
-    if path.suffix == ".pt":
-        torch.save(content, buffer)
-    elif path.suffix == ".png":
-        content.save(buffer, "png")
-    elif path.suffix == ".json":
-        buffer.write(json.dumps(content, indent=2).encode())
-    else:
-        lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows([content[0].keys(), *(row.values() for row in content)])
-        buffer.write(lines.getvalue().encode())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # this process's own
-            part = Path(folder, path.name)
-            part.write_bytes(buffer.getbuffer())
-            part.replace(path)
-    except OSError as error:
-        raise vit.InputError(f"cannot write {path}: {error.strerror}") from None
+def summarise(results):
+    """A row of the table, for results that differ in the seed alone. Accuracies are means over the seeds."""
+    settings = results[0]["settings"]
+    changed = changed_settings(settings)
+    changed.pop("seed", None)
+    validated = [result["val_accuracy"] for result in results if result["val_accuracy"] is not None]
+    tested = [result["accuracy"] for result in results if result["accuracy"] is not None]
+    row = {"date": results[-1].get("date"), "data": text(settings["data"]), "images": sum(results[0].get("images", []))}
+    row["method"] = settings["method"]
+    row["settings"] = ", ".join(f"{name} {text(value)}" for name, value in changed.items())
+    row["validation"] = statistics.mean(validated) if validated else None
+    row["test"] = statistics.mean(tested) if tested else None
+    row["std"] = statistics.stdev(tested) if len(tested) > 1 else None
+    row["seeds"] = len(tested)
+    return row
 
 
 def print_table(rows):
-    """Prints rows (dicts of the same keys) in columns."""
-    lines = [[shown(cell) for cell in line] for line in (rows[0].keys(), *(row.values() for row in rows))]
+    """Prints rows, dicts with the same keys, in columns."""
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{cell:.2f}" if isinstance(cell, float) else str(cell or "-") for cell in row.values()])
     widths = [max(map(len, column)) for column in zip(*lines)]
     print()
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)))
 
 
-def shown(value):
-    """A result as tables and messages show it: a number with two decimals, "-" if there is none."""
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+# ---------------------------------------------------------------------- a tuned model
+
+
+def use_tuned(args, given, machine):
+    """--eval or --predict with the model of a finished run. Returns the exit code."""
+    path = args.eval or args.predict[0]
+    model, meta = sa2vp.load(path, given.get("weights", [None])[0])
+    model.to(machine.device)
+    folder = path if path.is_dir() else path.parent
+    failed = {}
+    if args.eval:
+        samples = find_test_images(meta, given, args.root or meta["root"])
+        table = (args.out or folder) / "test.csv"
+    else:
+        samples, failed = find_pictures(args.predict[1:])
+        table = (args.out or Path()) / "predictions.csv"
+    batch_size = given.get("batch_size", [meta["batch_size"]])[0]
+    batches = data.make_loader(samples, meta["input"], batch_size, machine.workers)
+    logits, _ = predict(model, tqdm(batches, leave=False, disable=None), machine)
+    rows = list_predictions(samples, logits[:, 0].softmax(dim=1), meta["classes"])
+    if args.eval:
+        print_test(rows)
+    elif len(rows) <= 20:
+        print_table(rows)
+    save(table, rows, encoding="utf-8-sig")  # the mark that Excel needs
+    print(f"wrote {table}")
+    if args.show:
+        step = max(1, len(samples) // args.show)
+        show(folder / "show.png", samples[::step][: args.show], model, meta, machine)
+    return 2 if failed else 0
+
+
+def find_test_images(meta, given, root):
+    """The samples for --eval: the run's test images, in the folder of the run or in another that has the same images.
+
+    InputError if the images have changed since the run, because its training images could be among the test images.
+    """
+    settings = meta["settings"]
+    name = given.get("data", [settings["data"]])[0]
+    splits = read_data(name, root, settings["search"])
+    if data.digest(splits) != meta["digest"]:
+        raise InputError(f"the images of {name} are not those of the run: test on new images with --predict")
+    if not splits.test:
+        raise InputError("a run of a search has no test images: give another run")
+    return splits.test
+
+
+def find_pictures(paths):
+    """The samples for --predict, without labels, and {image: reason} of images that cannot be read."""
+    images = data.find_images(paths)
+    failed = data.unreadable(images)
+    print(f"{len(images)} images, {len(failed)} of them unreadable")
+    for reason in failed.values():
+        print(f"  {reason}")
+    if len(failed) == len(images):
+        raise InputError("there is no image to classify")
+    return [(image, None) for image in images if image not in failed], failed
+
+
+def list_predictions(samples, probabilities, classes):
+    """A row for each image: its file, its true class if it is known, the predicted class and its probability."""
+    rows = []
+    largest, guesses = probabilities.max(dim=1)
+    for (image, label), guess, probability in zip(samples, guesses.tolist(), largest.tolist()):
+        row = {"file": str(image) if isinstance(image, Path) else f"image {len(rows)}"}
+        if label is not None:
+            row["true class"] = classes[label]
+        row["predicted class"] = classes[guess]
+        row["probability"] = probability
+        rows.append(row)
+    return rows
+
+
+def print_test(rows):
+    """Prints the accuracy, and that of each class, the worst first."""
+    counts = Counter()
+    correct = Counter()
+    for row in rows:
+        counts[row["true class"]] += 1
+        correct[row["true class"]] += row["true class"] == row["predicted class"]
+    accuracies = {name: 100 * correct[name] / counts[name] for name in counts}
+    print(f"test accuracy {100 * correct.total() / len(rows):.2f} % of {len(rows)} images")
+    print(f"mean of the {len(counts)} classes {statistics.mean(accuracies.values()):.2f} %, the worst:")
+    for name in sorted(accuracies, key=accuracies.get)[:30]:
+        print(f"  {accuracies[name]:6.2f} %  {name}, {counts[name]} images")
+
+
+def show(path, samples, model, meta, machine):
+    """--show: draws one row per image: the image, then maps, white where a map is largest and black where smallest."""
+    preprocess = data.transform(**meta["input"])
+    images = torch.stack([preprocess(data.open_picture(image)) for image, _ in samples]).to(machine.device)
+    maps = {
+        "attention of the encoder alone": sa2vp.class_attention(model.vit, images),
+        "attention of the whole model": sa2vp.class_attention(model, images),
+    }
+    if isinstance(model, sa2vp.SA2VP):
+        maps["effect of the prompts"] = sa2vp.prompting_strength(model, images)
+    tiles = [F.interpolate(images, (200, 200))]
+    for values in maps.values():
+        tiles.append(F.interpolate(values[:, None].sqrt(), (200, 200)).expand(-1, 3, -1, -1))
+    rows = torch.stack(tiles, dim=1)  # (images, tiles, 3, 200, 200)
+    save(path, make_grid(rows.flatten(0, 1), len(tiles), normalize=True, scale_each=True, pad_value=1))
+    print(f"wrote {path}, with the columns image, {', '.join(maps)}")
+
+
+# ---------------------------------------------------------------------- files and what is printed
+
+
+def save(path, content, encoding="utf-8"):
+    """Writes a .pt, .png, .json or .csv file, whole or not at all. InputError if it cannot be written.
+
+    The content of a .csv file is a list of dicts, whose keys are the columns. A table that cannot be written, such as
+    one that a spreadsheet has open, is a warning.
+    """
+    try:
+        with vit.arriving(path) as temporary:
+            if path.suffix == ".pt":
+                torch.save(content, temporary)
+            elif path.suffix == ".png":
+                save_image(content, temporary)
+            elif path.suffix == ".json":
+                temporary.write_text(json.dumps(content, indent=2))
+            else:
+                write_csv(temporary, content, encoding)
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's on a full disk
+        message = f"cannot write {path}: {error}"
+        if path.suffix != ".csv":
+            raise InputError(message) from None
+        print(f"warning: {message}")
+
+
+def write_csv(path, rows, encoding):
+    """Writes a list of dicts as a table, whose columns are the keys of all rows."""
+    with path.open("w", newline="", encoding=encoding, errors="backslashreplace") as file:
+        table = csv.DictWriter(file, dict.fromkeys(itertools.chain.from_iterable(rows)), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def text(value):
-    """A setting's value as tables, messages and names of files show it; a path by its last two parts."""
-    if isinstance(value, str):
-        return "/".join(Path(value).parts[-2:])
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    """A setting's value as tables, messages and names of files show it. A path is shown by its last two parts."""
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(text, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "/".join(Path(str(value)).parts[-2:])
 
 
 def report(error, what=""):
     """Prints an error. Returns the exit code: 2 for what the user can fix, one sentence; 1 for a bug, its traceback."""
     if isinstance(error, torch.OutOfMemoryError):
-        error = vit.InputError("not enough GPU memory: use a smaller --batch-size")
-    is_bug = not isinstance(error, (vit.InputError, data.DataError))
+        error = InputError("not enough GPU memory: use a smaller --batch-size")
+    is_bug = not isinstance(error, (InputError, data.DataError))
     if is_bug:
         traceback.print_exception(error)
     message = str(error).rpartition("DataError: ")[2]  # without the traceback that a DataLoader's worker adds
@@ -494,147 +805,195 @@ def report(error, what=""):
 
 # ---------------------------------------------------------------------- the command line
 
+HELP_TEXTS = f"""
+    data            a folder of images, {', '.join(data.GROUPS)}, {', '.join(data.TABLE)}
+    method          {', '.join(sa2vp.METHODS)}
+    weights         the backbone: a file, or {', '.join(vit.BACKBONES)}
+    image_size      pixels, a multiple of the patch size
+    heads           of the backbone, if the weights do not say it
+    normalize       half, imagenet, or mean and std as six numbers with commas, if the weights do not say it
+    transform       crop-flip, crop (random crop, no flip) or resize (the whole image)
+    epochs          passes over the training images
+    warmup          share of the epochs in which the learning rate rises
+    batch_size      of a folder by default a sixteenth of its training images, 4 to 64
+    lr              peak of the learning rate
+    weight_decay    of AdamW
+    keep            the epoch to test: best (on validation data) or last
+    inner_dim       r, the rank of the prompt map and the hidden width of the adapters
+    scale           s, the weight of a message
+    dropout         of the encoder, the cross attention and the adapters
+    window          side of the aligned neighbourhood, odd, or none: every token attends to all
+    prompt_grid     size of a scaled prompt map, such as 7x7 or half
+    distill_layers  D such as 0,4,8, or none; by default every fourth layer
+    fusion_layers   F, a subset of D, or none; by default D without 0
+    prompts         prompt tokens in each layer
+    seed            of the initialisation, the order, crops and flips of images, and dropout
+"""
+HELP = dict(line.split(maxsplit=1) for line in HELP_TEXTS.strip().splitlines())
+CHOICES = {"method": sa2vp.METHODS, "transform": data.TRANSFORMS, "keep": ("best", "last")}
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: a number from `low` to below `high`."""
 
-    def number(value):
-        if not low <= kind(value) < high:
-            raise argparse.ArgumentTypeError(f"{value} must be at least {low} and below {high}")
-        return kind(value)
+def word(value):
+    """A parser for argparse: any text but an empty one, such as an unset variable of the shell."""
+    if not value:
+        raise argparse.ArgumentTypeError("the value is empty")
+    return value
 
-    return number
+
+def switch(value):
+    """A parser for argparse: "on" or "off"."""
+    return {"on": True, "off": False}[value]
 
 
 def layers(value):
-    """A type for argparse: "0,4,8" or "none"."""
-    return () if value == "none" else tuple(map(int, value.split(",")))
+    """A parser for argparse: "0,4,8" or "none"."""
+    if value == "none":
+        return ()
+    return tuple(map(int, value.split(",")))
 
 
 def grid(value):
-    """A type for argparse: "7x7" or "half"."""
-    height, _, width = value.partition("x")
-    return value if value == "half" else tuple(map(number(int, 1, 100), (height, width)))
+    """A parser for argparse: "7x7" or "half"."""
+    if value == "half":
+        return value
+    height, width = value.split("x")
+    return int(height), int(width)
 
 
 def window(value):
-    """A type for argparse: "3" or "none"."""
-    return None if value == "none" else int(value)
+    """A parser for argparse: "3" or "none"."""
+    if value == "none":
+        return None
+    return int(value)
+
+
+def normalization(value):
+    """A parser for argparse: a name, or six numbers with commas."""
+    if value in vit.NORMALIZE:
+        return value
+    return tuple(map(float, value.split(",")))
+
+
+PARSERS = {  # by an option's name, where its default does not tell its type, or by the type of its default
+    "heads": int,
+    "normalize": normalization,
+    "window": window,
+    "prompt_grid": grid,
+    "distill_layers": layers,
+    "fusion_layers": layers,
+    bool: switch,
+    str: word,
+    int: int,
+    float: float,
+}
+
+
+def add_options(parser):
+    """Adds a flag for every setting and every option of a method. One that is not given is absent from the result."""
+    for name, default in all_options().items():
+        if name == "search":
+            continue
+        defaults = {}  # {default: the first method that has it}
+        for method in sa2vp.METHODS:
+            defaults.setdefault(text(defaults_of(method).get(name)), method)
+        defaults.pop("none", None)
+        help_text = HELP.get(name, f"an option of {method}")
+        if len(defaults) == 1:
+            help_text += f"; default {text(default)}"
+        else:
+            help_text += "".join(f"; default of {method} {value}" for value, method in defaults.items())
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            nargs="+",
+            action="extend",
+            metavar="X",
+            default=argparse.SUPPRESS,
+            type=PARSERS.get(name) or PARSERS[type(default)],
+            choices=CHOICES.get(name),
+            help=help_text,
+        )
+
+
+def folder(value):
+    """A parser for argparse: a path, whose ~ is the user's home."""
+    return Path(word(value)).expanduser()
 
 
 def make_parser():
-    """The command line. A setting that is not given is absent from its result."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-12)
-    add = parser.add_argument_group("settings, each with one value or several").add_argument
-    add = partial(add, nargs="+", metavar="X", default=argparse.SUPPRESS)
-    add("--data", help=f"a folder, {', '.join((*data.GROUPS, *data.TABLE))}; default shapes")
-    add("--method", action="extend", choices=sa2vp.METHODS, help=f"{', '.join(sa2vp.METHODS)}; default sa2vp")
-    add("--weights", help=f"the backbone: a file, or {', '.join(vit.BACKBONES)}; default imagenet21k")
-    add("--image-size", type=count, help="pixels, a multiple of the patch size; default 224")
-    add("--heads", type=count, help="of the backbone; default as the file says, else assumed")
-    add("--normalize", choices=vit.NORMALIZE, help="half (mean and std 0.5) or imagenet; default as the weights expect")
-    add("--epochs", type=count, help="default 100; a folder 20, shapes 30")
-    add("--warmup-epochs", type=natural, help="default a tenth of the epochs")
-    add("--batch-size", type=count, help="default 64; most of VTAB-1k 40, shapes 32, a folder 4 to 64")
-    add("--lr", type=positive, help="peak; default 1e-3, linear 1e-2, full 1e-4; a folder 3e-3, shapes 1e-2, full 1e-3")
-    add("--weight-decay", type=number(float, 0), help="default 1e-4")
-    add("--inner-dim", type=count, help="r, the rank of the prompt map; default 16, benchmarks 8 to 64")
-    add("--scale", type=number(float, 0), help="s, the weight of a message; default 0.1, benchmarks 0.1 to 1.5")
-    add("--dropout", type=number(float, 0, 1), help="of sa2vp and adapter; default 0.1; a folder and shapes 0")
-    add("--window", type=window, help="side of the aligned neighbourhood, odd, or none; default 3")
-    add("--prompt-grid", type=grid, help="size of the prompt map such as 7x7, or half; default the image's grid")
-    add("--distill-layers", type=layers, help="D such as 0,4,8, or none; default every fourth layer")
-    add("--fusion-layers", type=layers, help="F, a subset of D, or none; default D without 0")
-    add("--prompts", type=count, help="prompt tokens of vpt in each layer; default 50")
-    add("--seed", type=number(int, 0, 2**32), help="default 42")
+    add_options(parser.add_argument_group("options, each with one value or several; a data set overrides defaults"))
 
     add = parser.add_argument_group("machine").add_argument
-    add("--gpu", type=natural, help="this GPU; default the first, else the CPU")
-    add("--cpu", action="store_true", help="no GPU")
+    add("--gpu", type=int, help="index of the GPU; default 0, or the CPU if there is none")
+    add("--cpu", action="store_true", help="use no GPU")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--workers", type=natural, default=min(16, cpus), help="processes that load images; default %(default)s")
+    add("--workers", type=int, default=min(16, cpus), help="processes that load images; default %(default)s")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--root", help="the folder of the data sets; default data")
-    add("--out", type=Path, default="runs", help="the folder of all runs; default runs")
+    add("--root", type=folder, help="the folder of the data sets; default data")
+    add("--out", type=folder, help="the folder of all runs; default runs")
 
-    add = parser.add_argument_group("instead of training a method").add_mutually_exclusive_group().add_argument
-    add("--ablate", dest="method", action="append_const", const="ablation", default=argparse.SUPPRESS,
-        help="train SA2VP and its ablations")  # fmt: skip
-    add("--eval", type=Path, help="print the test accuracy of a run, given by its folder or best.pt")
-    add("--predict", type=Path, nargs="+", help="a run, then images or folders: print their classes")
-    parser.add_argument("--show", type=count, default=0, help="with --eval or --predict: draw this many of the images")
+    tools = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
+    tools.add_argument("--eval", type=folder, metavar="RUN", help="test a finished run again, class by class")
+    tools.add_argument("--predict", type=folder, nargs="+", metavar=("RUN", "IMAGE"), help="classify images or folders")
+    tools.add_argument("--list", action="store_true", help="a table of all finished runs below --out")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="with --eval or --predict: draw N of the images")
     return parser
 
 
 def choose_machine(args):
     """The machine that the command line asks for."""
+    if args.cpu and args.gpu is not None:
+        raise InputError("--cpu and --gpu contradict one another: give one of them")
     # A GPU may be listed although its driver is missing or too old.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and not args.cpu else 0
-    if args.gpu is not None and args.gpu >= gpus:
-        raise vit.InputError(f"there is no GPU {args.gpu}, PyTorch finds {gpus}, from 0 on: leave out --gpu")
-    device, dtype = torch.device("cpu"), torch.float32
+    if args.gpu is not None and not 0 <= args.gpu < gpus:
+        raise InputError(f"no GPU {args.gpu}: PyTorch sees {gpus}, numbered from 0")
+    device = torch.device("cpu")
+    dtype = torch.float32
     if gpus:
         device = torch.device("cuda", args.gpu or 0)
         torch.cuda.set_device(device)
         # Older GPUs only emulate bfloat16, many times slower.
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        dtype = torch.float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = torch.bfloat16
         # cuDNN's attention is reported to give NaN or wrong gradients on recent GPUs.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return Machine(device, dtype, args.workers, args.compile, args.root or "data")
-
-
-@torch.inference_mode()
-def use_tuned(args, given, machine):
-    """--eval prints the test accuracy, --predict the likeliest classes of images; so does --show, of what it draws."""
-    path, *images = args.predict or [args.eval]
-    model, meta = sa2vp.load(path, *given.get("weights", []))
-    model.to(machine.device)
-    if args.predict:
-        samples = [(image, None) for image in data.find_images(images)]
-    else:
-        splits = data.load(data.find(*given.get("data", [meta["settings"]["data"]])), args.root or meta["root"])
-        if list(splits.classes) != meta["classes"]:
-            raise vit.InputError(f"the data set has other classes than {path}")
-        samples = splits.test
-        batches = data.make_loader(samples, meta["input"], meta["settings"]["batch_size"], machine.workers)
-        accuracy, prompt_accuracy = evaluate(model, batches, machine)
-        print(f"test {shown(accuracy)} % (prompt pathway {shown(prompt_accuracy)} %)")
-    drawn = samples[:: max(1, len(samples) // max(1, args.show))][: args.show]
-    transform = data.transform(**meta["input"])
-    for image, label in samples if args.predict else drawn:
-        pixels = transform(data.open_picture(image))
-        probabilities = forward(model, pixels[None], machine)[0][0].softmax(dim=0)
-        true = "" if label is None else f" (true class: {meta['classes'][label]})"
-        print(f"{image if isinstance(image, Path) else 'a test image'}{true}")
-        for guess in probabilities.argsort(descending=True)[:5].tolist():
-            print(f"  {probabilities[guess]:7.2%}  {meta['classes'][guess]}")
-    if drawn:
-        show((path if path.is_dir() else path.parent) / "show.png", drawn, model, meta, machine)
+    return Machine(device, dtype, args.workers, args.compile, args.root or Path("data"))
 
 
 def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, 1 and a traceback on a bug, 130 on Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = {name: [*dict.fromkeys(getattr(args, name))] for name in DEFAULTS if hasattr(args, name)}  # each value once
+    given = {}
+    for name in all_options():
+        if hasattr(args, name):
+            given[name] = list(dict.fromkeys(getattr(args, name)))  # each value once
     tuned = args.eval or args.predict
-    if tuned and any(name not in ("data", "weights") or len(given[name]) > 1 for name in given):
-        parser.error("with --eval and --predict the only settings are --data and --weights, with one value each")
+    if tuned and given.keys() - {"data", "weights", "batch_size"}:
+        parser.error("--eval and --predict take no other options than --data, --weights and --batch-size")
     if args.show and not tuned:
-        parser.error("--show draws with --eval or --predict")
+        parser.error("--show requires --eval or --predict")
     try:
         machine = choose_machine(args)
-        code = use_tuned(args, given, machine) if tuned else train(given, args.out, machine)
+        if tuned:
+            code = use_tuned(args, given, machine)
+        elif args.list:
+            code = list_runs(args.out or Path("runs"))
+        else:
+            code = Sweep(given, args.out or Path("runs"), machine).run()
     except KeyboardInterrupt:
         code = 130
-        print("interrupted: a run resumes after its last completed epoch if the command is repeated", file=sys.stderr)
+        print("interrupted; repeat the command to resume training after the last completed epoch", file=sys.stderr)
     except Exception as error:
         code = report(error)
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line is seen at once, also in a log file
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        # Each line is seen at once, also in a log file. Names may have signs that the terminal does not have.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     main()
