@@ -132,7 +132,8 @@ def shorten(names, limit):
 
 # ---------------------------------------------------------------------- a folder of one's own
 
-SPLIT_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # by a folder's name in lower case
+# The split that a folder holds, by its name in lower case.
+SPLIT_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_OF.update(dict.fromkeys(["val", "valid", "validation"], "val"))
 SYSTEM_FOLDERS = {"#recycle", "#snapshot", "$recycle.bin", "lost+found", "__macosx", "system volume information"}
 

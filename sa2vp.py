@@ -15,8 +15,8 @@ the other a message: a patch token attends only to the tokens around its own pla
     (8)  loss = 0.8 CE(head(LN(B_L)[cls]), y) + 0.2 CE(head(LN(P_L)[cls]), y)
 
 The equation numbers are this project's, not the paper's. N is the number of patches and h x w their grid. h' x w' is
-the grid of the prompt map, equal to h x w unless the map is scaled. d is the width of the encoder, r the inner dimension
-of the prompt maps and adapters. N(t) is the aligned neighbourhood of token t. D and F are sets of layers. `*` is the
+the grid of the prompt map, equal to h x w unless the map is scaled. d is the width of the encoder, r the inner
+dimension of the prompt maps and adapters. N(t) is the aligned neighbourhood of token t. D and F are sets of layers. `*` is the
 element-wise product. During training, dropout also acts on B_0, on P_0 and in the MLPs of T_i.
 """
 
@@ -320,8 +320,8 @@ class AdapterTuning(ViTClassifier):
         return super().layer(i, x) + self.scale * self.adapters[i](x)
 
 
-# A new method is a class, or a function that returns a model, and a row here. It takes a backbone, the number of classes
-# and its options, each with a default. It has the attribute `vit`, a `head`, and returns a tuple of logits.
+# A new method is a class, or a function that returns a model, and a row here. It takes a backbone, the number of
+# classes and its options, each with a default. It has a `vit` and a `head`, and returns a tuple of logits.
 METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "adapter": AdapterTuning, "linear": linear_probe, "full": ViTClassifier}
 
 

@@ -8,8 +8,8 @@ A run reads its data, adds a tuning method to the backbone, trains it, keeps the
 (for VTAB-1k the last epoch) and evaluates that epoch once on the test data. The run's folder holds metrics.csv (one row
 per epoch), last.pt (all that is needed to resume), best.pt (the kept epoch, written at the end) and result.json.
 
-Every option takes one or more values. Several data sets, methods or seeds: one run each. Several values of any other
-option: a search by validation accuracy. More than one run: a table at the end.
+Each setting takes one or more values. Several data sets, methods or seeds give one run each. Several values of another
+setting start a search: the combination of highest validation accuracy is chosen, and then tested.
 """
 
 import argparse
@@ -57,10 +57,10 @@ DEFAULTS = {
     "weight_decay": 1e-4,
     "keep": "best",
     "seed": 42,
-    "search": False,  # not a flag: in a search VTAB-1k is trained on 800 of its 1,000 images, validated on the others
+    "search": False,  # set by the program: in a search VTAB-1k is trained on 800 of its 1,000 images, validated on 200
 }
-LEARNING_RATE = {"linear": 1e-2, "full": 1e-4}  # of methods whose default is not 1e-3
-MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "warmup": 0, "batch_size": 1, "lr": 1e-12, "weight_decay": 0, "seed": 0}
+LEARNING_RATE = {"linear": 1e-2, "full": 1e-4}  # of methods that need another than the default
+MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "batch_size": 1, "lr": 1e-12, "weight_decay": 0, "seed": 0}
 
 # The backbone of the generated images: small, pre-trained by this program to tell the shape and colour of an object.
 SMALL_VIT = {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
@@ -85,6 +85,7 @@ def complete_settings(given):
     for name, minimum in MINIMUM.items():
         if settings[name] is not None:
             sa2vp.check(name, settings[name], minimum)
+    sa2vp.check("warmup", settings["warmup"], 0, 1)
     # Make paths absolute, so that they mean the same from every working directory.
     if settings["data"] not in data.TABLE:
         settings["data"] = os.path.abspath(os.path.expanduser(settings["data"]))
@@ -122,7 +123,7 @@ class Machine(NamedTuple):
 
 
 def fit(settings, out, machine, test=True, splits=None):
-    """Trains a run, or resumes it, and returns its result, the content of out/result.json. A finished run is kept.
+    """Trains or resumes a run, unless it is finished. Returns its result, the content of out/result.json.
 
     `settings` are all settings of the run (`complete_settings`), `out` is its folder. With test=False no test image is
     read, as in a search. `splits` are the images, if they are read already.
@@ -131,7 +132,7 @@ def fit(settings, out, machine, test=True, splits=None):
     backbone = load_backbone(settings)
     meta = describe_run(settings, splits, backbone, machine)
     result = read_result(out, meta)
-    if result and (result["accuracy"] is not None or not test):
+    if result and (result["accuracy"] is not None or not test):  # a run of a search is yet to be tested
         print(f"{out} is already finished; to train it again, delete its folder")
         return result
     model = build_model(backbone, meta, machine)
@@ -144,14 +145,14 @@ def fit(settings, out, machine, test=True, splits=None):
     val_batches = data.make_loader(splits.val, **loading)
     if not test:
         splits = splits._replace(test=[])
-    prepare_folder(out, settings, splits)
+    check_before_training(out, settings, splits, test)
     announce(settings, out, machine, model, len(train_batches))
 
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
         # Each epoch is seeded by (seed, epoch), so a resumed run reproduces an uninterrupted one.
         torch.manual_seed(10_007 * settings["seed"] + epoch)  # of dropout; unique with fewer than 10,007 epochs
-        train_batches.sampler.epoch = epoch  # seeds the order, the crops and the flips
+        train_batches.sampler.epoch = epoch  # the sampler derives the seeds of the order, crops and flips
         loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
         row = {"epoch": epoch + 1, "loss": loss, "lr": lr}
         for name, accuracy in evaluate(model, val_batches, machine).items():
@@ -164,10 +165,10 @@ def fit(settings, out, machine, test=True, splits=None):
         if settings["keep"] == "last" or is_best(history):
             kept = {"epoch": epoch + 1, "trained": trained}
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        save_metrics(out, history)
         save(out / "last.pt", dict(meta, history=history, trained=trained, kept=kept, **state))
-        save(out / "metrics.csv", history)
 
-    # The test images are read only here, once, with the kept epoch.
+    # The model sees the test images only here, once, with the kept epoch.
     save(out / "best.pt", dict(meta, history=history[: kept["epoch"]], trained=kept["trained"]))
     sa2vp.load_trained(model, kept["trained"])
     result = dict(meta, best_epoch=kept["epoch"], val_accuracy=history[kept["epoch"] - 1]["val_accuracy"])
@@ -181,27 +182,30 @@ def read_data(name, root, search=False):
     """The images of a data set or folder, `data.Splits`; prints what they are."""
     row = data.find(name)
     splits = data.load(row, root, search)
-    print(f"{row.name}: {splits.describe()}")
-    for note in splits.notes:
-        print(note)
+    print_description(row.name, splits)
     return splits
 
 
 def load_backbone(settings):
-    """The pre-trained backbone of a run; prints what it is."""
+    """The backbone of a run; prints what it is."""
     if settings["weights"] == "scratch":
         torch.manual_seed(settings["seed"])
         backbone = vit.VisionTransformer(settings["image_size"], **SMALL_VIT)
     else:
         backbone = vit.load_vit(settings["weights"], settings["image_size"], settings["heads"], settings["normalize"])
-    print(f"{settings['weights']}: {backbone.describe()}")
-    for note in backbone.notes:
-        print(note)
+    print_description(settings["weights"], backbone)
     return backbone
 
 
+def print_description(name, described):
+    """Prints what the images or the backbone of that name are, and notes on them."""
+    print(f"{name}: {described.describe()}")
+    for note in described.notes:
+        print(note)
+
+
 def describe_run(settings, splits, backbone, machine):
-    """What the checkpoints of a run hold besides weights, a dict."""
+    """The description of a run that is stored in all its files, a dict."""
     heads = backbone.blocks[0].attn.heads
     mean, std = vit.mean_and_std(backbone.normalize)
     return {
@@ -210,7 +214,7 @@ def describe_run(settings, splits, backbone, machine):
         "classes": list(splits.classes),
         "images": [len(splits.train), len(splits.val), len(splits.test)],
         "digest": data.digest(splits),
-        "batch_size": settings["batch_size"] or data.default_batch_size(len(splits.train)),
+        "batch_size": settings["batch_size"] or data.default_batch_size(len(splits.train)),  # None for a folder
         "fingerprint": vit.fingerprint(backbone),
         "backbone": {"image_size": backbone.image_size, "heads": heads, "normalize": backbone.normalize},
         "input": {"kind": settings["transform"], "image_size": backbone.image_size, "mean": mean, "std": std},
@@ -222,14 +226,14 @@ def describe_run(settings, splits, backbone, machine):
     }
 
 
-COMPARED = {  # what tells runs of the same settings apart, in words
+COMPARED = {  # entries of the description that have to be the same, and a difference in words
     "images": "{} training, validation and test images, now {}",
     "digest": "different images or classes",
     "batch_size": "batch size {}, now {}",
     "backbone": "a backbone with {}, now {}",
     "fingerprint": "a different backbone",
 }
-UNCOMPARED = {"data", "weights", "heads", "normalize", "batch_size"}  # settings that these stand for; paths may change
+UNCOMPARED = {"data", "weights", "heads", "normalize", "batch_size"}  # settings that those cover; paths may change
 
 
 def check_same(path, before, meta):
@@ -239,7 +243,7 @@ def check_same(path, before, meta):
     for key, words in COMPARED.items():
         if key in before and json.dumps(before[key]) != json.dumps(meta[key]):  # JSON has lists for tuples
             differences.append(words.format(before[key], meta[key]))
-    # A setting that is newer than the run had its default.
+    # A setting that was added after the run was saved takes its default.
     earlier = complete_settings({"data": settings["data"], "method": settings["method"]}) | before["settings"]
     for name in settings.keys() - UNCOMPARED:
         if json.dumps(earlier[name]) != json.dumps(settings[name]):
@@ -274,7 +278,7 @@ def build_model(backbone, meta, machine):
     settings = meta["settings"]
     torch.manual_seed(settings["seed"])  # the initialisation does not depend on random numbers used above
     model = sa2vp.build(backbone, len(meta["classes"]), settings).to(machine.device)
-    cast_frozen(model, machine.dtype)
+    cast_frozen(model, machine.dtype)  # after the backbone's fingerprint was taken
     if machine.compile:
         torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
         model.compile(dynamic=False)
@@ -305,7 +309,7 @@ def make_optimizer(model, weight_decay):
 
 
 def resume(out, meta, model, optimizer, scaler):
-    """Loads the last completed epoch, if there is one: (history, a dict for each completed epoch; the kept epoch)."""
+    """Loads the last completed epoch. Returns (history, kept), which are ([], None) if there is no checkpoint."""
     path = out / "last.pt"
     if not vit.is_file(path):
         return [], None
@@ -322,19 +326,18 @@ def resume(out, meta, model, optimizer, scaler):
     return state["history"], state["kept"]
 
 
-def prepare_folder(out, settings, splits):
-    """Finds out before the training what would otherwise end it later.
+def check_before_training(out, settings, splits, test):
+    """InputError for what would otherwise end the run later.
 
-    InputError if the run's folder cannot be written, if test images of a folder of one's own cannot be decoded, or if
-    there are no validation images to choose an epoch by.
+    That is a folder that cannot be written, no validation images to choose by, and damaged test images.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    if settings["keep"] == "best" and not splits.val:
-        raise InputError("there are no validation images to choose an epoch by: give --keep last")
+    if not splits.val and (settings["keep"] == "best" or not test):
+        raise InputError("there are no validation images to choose by: add some, or give --keep last and no search")
     if settings["data"] not in data.TABLE:
         failed = data.unreadable(image for image, _ in splits.test)
         if failed:
@@ -443,10 +446,10 @@ REPEATED = ("data", "method", "seed")  # several values of these are several run
 
 
 class Sweep:
-    """The runs of one command, one after another, and the table of their results.
+    """The runs of one command, one after another.
 
     `given` is {option: values}. Each data set is run with each method and each seed, and tested. Several values of any
-    other option are a search: each combination is trained with the first seed and not tested. The combination of highest
+    other option are a search: each combination is trained with the first seed and not tested. The one of highest
     validation accuracy (the first on ties) is then trained with every seed and tested.
     """
 
@@ -463,7 +466,7 @@ class Sweep:
         self.read = functools.cache(functools.partial(read_data, root=machine.root))
 
     def run(self):
-        """Trains and tests everything, and prints the table. Returns the exit code."""
+        """Trains and tests everything, and prints the table of all runs in the folder. Returns the exit code."""
         plan = list_combinations(self.given)
         try:
             for choices in plan:
@@ -471,7 +474,7 @@ class Sweep:
         finally:  # also after Ctrl-C
             if len(plan) > 1 or len(plan[0]) > 1 or len(self.given["seed"]) > 1:
                 list_runs(self.out)
-        return min(self.exit_codes, default=0)  # a bug, 1, before what the user can fix, 2
+        return min(self.exit_codes, default=0)  # 1, a bug, takes precedence over 2, an error of the user
 
     def search_and_test(self, choices):
         """Chooses among the settings, if there are several, and tests the chosen ones with every seed."""
@@ -494,10 +497,9 @@ class Sweep:
         if best < 0:
             return None
         chosen = choices[accuracies.index(best)]
-        print(f"\nchosen, with {best:.2f} % validation accuracy; {accuracies.count(-1.0)} combinations failed:")
-        for name, values in self.given.items():
-            if name in chosen and name not in REPEATED:
-                print(f"  {name} {text(chosen[name])} of {', '.join(map(text, values))}")
+        values = [f"{name} {text(chosen[name])}" for name in self.given if name in chosen and name not in REPEATED]
+        print(f"\nchosen: {', '.join(values)}, with validation accuracy {best:.2f} %, the first on ties")
+        print(f"{accuracies.count(-1.0)} of {len(choices)} combinations failed")
         return chosen
 
     def attempt(self, settings, test=True):
@@ -537,9 +539,9 @@ def list_combinations(given):
 
 
 def pretrain(machine):
-    """Trains the small ViT of the generated images, unless it is there already with today's settings.
+    """Trains the small ViT of the generated images, unless it is there already with the current settings.
 
-    It is trained in a folder of this process, which is moved when it is complete. If two processes do so at once, the
+    It is trained in a temporary folder, which is renamed when it is complete. If two processes do so at once, the
     first to finish wins, and the other uses its weights.
     """
     folder = PRETRAINED.parent
@@ -549,21 +551,24 @@ def pretrain(machine):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pretraining-") as temporary:
         fit(complete_settings(PRETRAINING), Path(temporary, "new"), machine)
-        if not is_pretrained(folder):
-            if folder.exists():
-                folder.rename(Path(temporary, "old"))  # of other settings
+        if folder.exists() and not is_pretrained(folder):
+            folder.rename(Path(temporary, "old"))  # of other settings
+        try:
             Path(temporary, "new").rename(folder)
+        except OSError:
+            if not is_pretrained(folder):
+                raise
 
 
 def is_pretrained(folder):
-    """Whether the folder holds a finished pre-training with today's settings."""
+    """Whether the folder holds a finished pre-training with the current settings."""
     result = read_result(folder)
-    return bool(result) and result["settings"] == complete_settings(PRETRAINING)
+    return bool(result) and json.dumps(result["settings"]) == json.dumps(complete_settings(PRETRAINING))
 
 
 def print_result(folder, result):
     """Prints the last line of a run."""
-    line = f"{folder}: best epoch {result['best_epoch']}"
+    line = f"{folder}: epoch {result['best_epoch']}"
     if result["val_accuracy"] is not None:
         line += f", validation accuracy {result['val_accuracy']:.2f} %"
     if result["accuracy"] is not None:
@@ -572,10 +577,10 @@ def print_result(folder, result):
 
 
 def changed_settings(settings):
-    """The settings that differ from their defaults for this data set and method, {name: value}, the seed last."""
+    """The settings that differ from their defaults for this data set and method, {name: value}."""
     defaults = complete_settings({"data": settings["data"], "method": settings["method"]})
     changed = {}
-    for name in sorted(defaults, key=("seed", "search").count):  # these two come last
+    for name in sorted(defaults, key=lambda name: name in ("seed", "search")):  # these two come last
         value = settings.get(name, defaults[name])
         if json.dumps(value) != json.dumps(defaults[name]):
             changed[name] = value
@@ -601,13 +606,17 @@ def list_runs(out):
     """--list: prints and writes to list.csv a row for each group of finished runs that differ in the seed alone."""
     groups = {}
     for path in sorted(out.glob("**/result.json")):
-        result = read_result(path.parent)
-        key = json.dumps([dict(result["settings"], seed=None), result.get("digest")])
-        groups.setdefault(key, []).append(result)
+        try:
+            result = read_result(path.parent)
+        except InputError as error:
+            print(f"left out: {error}")
+            continue
+        key = json.dumps([dict(result["settings"], seed=None), result.get("digest"), result.get("fingerprint")])
+        groups.setdefault(key, {})[result["settings"]["seed"]] = result
     if not groups:
         print(f"there is no finished run below {out}")
         return
-    rows = [summarise(group) for group in groups.values()]
+    rows = [summarise(list(group.values())) for group in groups.values()]
     print_table(rows)
     save(out / "list.csv", rows)
     print(f"wrote {out / 'list.csv'}")
@@ -665,7 +674,7 @@ def use_tuned(args, given, machine):
         print_test(rows)
     elif len(rows) <= 20:
         print_table(rows)
-    save(table, rows, encoding="utf-8-sig")  # the mark that Excel needs
+    save(table, rows, encoding="utf-8-sig")  # with a byte-order mark, so that Excel reads UTF-8
     print(f"wrote {table}")
     if args.show:
         step = max(1, len(samples) // args.show)
@@ -684,7 +693,7 @@ def find_test_images(meta, given, root):
     if data.digest(splits) != meta["digest"]:
         raise InputError(f"the images of {name} are not those of the run: test on new images with --predict")
     if not splits.test:
-        raise InputError("a run of a search has no test images: give another run")
+        raise InputError(f"{name} has no test images")
     return splits.test
 
 
@@ -752,8 +761,7 @@ def show(path, samples, model, meta, machine):
 def save(path, content, encoding="utf-8"):
     """Writes a .pt, .png, .json or .csv file, whole or not at all. InputError if it cannot be written.
 
-    The content of a .csv file is a list of dicts, whose keys are the columns. A table that cannot be written, such as
-    one that a spreadsheet has open, is a warning.
+    The content of a .csv file is a list of dicts, whose keys are the columns.
     """
     try:
         with vit.arriving(path) as temporary:
@@ -766,18 +774,24 @@ def save(path, content, encoding="utf-8"):
             else:
                 write_csv(temporary, content, encoding)
     except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's on a full disk
-        message = f"cannot write {path}: {error}"
-        if path.suffix != ".csv":
-            raise InputError(message) from None
-        print(f"warning: {message}")
+        raise InputError(f"cannot write {path}: {error}") from None
 
 
 def write_csv(path, rows, encoding):
     """Writes a list of dicts as a table, whose columns are the keys of all rows."""
+    columns = dict.fromkeys(itertools.chain.from_iterable(rows))
     with path.open("w", newline="", encoding=encoding, errors="backslashreplace") as file:
-        table = csv.DictWriter(file, dict.fromkeys(itertools.chain.from_iterable(rows)), lineterminator="\n")
+        table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+
+
+def save_metrics(out, history):
+    """Writes metrics.csv. It is only a warning if it cannot be written, such as while a spreadsheet has it open."""
+    try:
+        save(out / "metrics.csv", history)
+    except InputError as error:
+        print(f"warning: {error}")
 
 
 def text(value):
@@ -815,12 +829,12 @@ HELP_TEXTS = f"""
     transform       crop-flip, crop (random crop, no flip) or resize (the whole image)
     epochs          passes over the training images
     warmup          share of the epochs in which the learning rate rises
-    batch_size      of a folder by default a sixteenth of its training images, 4 to 64
+    batch_size      for a folder of your own by default 1/16 of the training images, between 4 and 64
     lr              peak of the learning rate
     weight_decay    of AdamW
     keep            the epoch to test: best (on validation data) or last
     inner_dim       r, the rank of the prompt map and the hidden width of the adapters
-    scale           s, the weight of a message
+    scale           s, the weight of what one pathway sends to the other
     dropout         of the encoder, the cross attention and the adapters
     window          side of the aligned neighbourhood, odd, or none: every token attends to all
     prompt_grid     size of a scaled prompt map, such as 7x7 or half
@@ -834,7 +848,7 @@ CHOICES = {"method": sa2vp.METHODS, "transform": data.TRANSFORMS, "keep": ("best
 
 
 def word(value):
-    """A parser for argparse: any text but an empty one, such as an unset variable of the shell."""
+    """A parser for argparse: a text. Rejects an empty one, such as an unset variable of the shell."""
     if not value:
         raise argparse.ArgumentTypeError("the value is empty")
     return value
@@ -842,7 +856,7 @@ def word(value):
 
 def switch(value):
     """A parser for argparse: "on" or "off"."""
-    return {"on": True, "off": False}[value]
+    return bool(("off", "on").index(value))
 
 
 def layers(value):
@@ -897,18 +911,16 @@ def add_options(parser):
         for method in sa2vp.METHODS:
             defaults.setdefault(text(defaults_of(method).get(name)), method)
         defaults.pop("none", None)
-        help_text = HELP.get(name, f"an option of {method}")
-        if len(defaults) == 1:
-            help_text += f"; default {text(default)}"
-        else:
-            help_text += "".join(f"; default of {method} {value}" for value, method in defaults.items())
+        help_text = HELP.get(name, "an option of a method")
+        for value, method in defaults.items():
+            help_text += f"; default {value} ({method})"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             nargs="+",
             action="extend",
             metavar="X",
             default=argparse.SUPPRESS,
-            type=PARSERS.get(name) or PARSERS[type(default)],
+            type=PARSERS.get(name) or PARSERS.get(type(default), word),
             choices=CHOICES.get(name),
             help=help_text,
         )
@@ -937,12 +949,13 @@ def make_parser():
     tools.add_argument("--eval", type=folder, metavar="RUN", help="test a finished run again, class by class")
     tools.add_argument("--predict", type=folder, nargs="+", metavar=("RUN", "IMAGE"), help="classify images or folders")
     tools.add_argument("--list", action="store_true", help="a table of all finished runs below --out")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="with --eval or --predict: draw N of the images")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="with --eval or --predict: draw N images")
     return parser
 
 
 def choose_machine(args):
     """The machine that the command line asks for."""
+    sa2vp.check("workers", args.workers, 0)
     if args.cpu and args.gpu is not None:
         raise InputError("--cpu and --gpu contradict one another: give one of them")
     # A GPU may be listed although its driver is missing or too old.
@@ -972,10 +985,11 @@ def main(argv=None):
         if hasattr(args, name):
             given[name] = list(dict.fromkeys(getattr(args, name)))  # each value once
     tuned = args.eval or args.predict
-    if tuned and given.keys() - {"data", "weights", "batch_size"}:
-        parser.error("--eval and --predict take no other options than --data, --weights and --batch-size")
-    if args.show and not tuned:
-        parser.error("--show requires --eval or --predict")
+    for name, values in given.items():
+        if tuned and (name not in ("data", "weights", "batch_size") or len(values) > 1):
+            parser.error("--eval and --predict take only --data, --weights and --batch-size, with one value each")
+    if args.show and (not tuned or args.show < 0):
+        parser.error("--show N requires --eval or --predict")
     try:
         machine = choose_machine(args)
         if tuned:
@@ -994,6 +1008,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        # Each line is seen at once, also in a log file. Names may have signs that the terminal does not have.
+        # Each line is seen at once, also in a log file. Names may have characters that the terminal cannot encode.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     main()

@@ -190,20 +190,20 @@ def canonical_normalize(normalize):
 
 BACKBONE_ROWS = """
     imagenet21k   half      -         https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz
-    deit-tiny     imagenet  a1311bcf  https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth
-    deit-small    imagenet  cd65a155  https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth
-    deit-base     imagenet  b5f2ef4d  https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth
-    mae           imagenet  -         https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth
-    dino-small    imagenet  -         https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth
-    dino-base     imagenet  -         https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth
-    mocov3-base   imagenet  -         https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar
-    dinov2-small  imagenet  b938bf1b  https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth
-    dinov2-base   imagenet  -         https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth
+    deit-tiny     imagenet  a1311bcf  META/deit/deit_tiny_patch16_224-a1311bcf.pth
+    deit-small    imagenet  cd65a155  META/deit/deit_small_patch16_224-cd65a155.pth
+    deit-base     imagenet  b5f2ef4d  META/deit/deit_base_patch16_224-b5f2ef4d.pth
+    mae           imagenet  -         META/mae/pretrain/mae_pretrain_vit_base.pth
+    dino-small    imagenet  -         META/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth
+    dino-base     imagenet  -         META/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth
+    mocov3-base   imagenet  -         META/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar
+    dinov2-small  imagenet  b938bf1b  META/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth
+    dinov2-base   imagenet  -         META/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth
 """
 BACKBONES = {}  # name: (address, first digits of the file's SHA-256 if they are known, normalization)
 for row in BACKBONE_ROWS.strip().splitlines():
     backbone, normalization, sha256, url = row.split()
-    BACKBONES[backbone] = (url, sha256.strip("-"), normalization)
+    BACKBONES[backbone] = (url.replace("META", "https://dl.fbaipublicfiles.com"), sha256.strip("-"), normalization)
 
 
 def load_vit(weights, image_size=224, heads=None, normalize=None):
