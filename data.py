@@ -379,16 +379,17 @@ def read_list(folder, source, classes, name):
     return samples
 
 
-def read_torchvision(kind, on_disk, source, root, search, splits=("train", "test"), classes=0, **options):
-    """Reads torchvision's data set `kind`, of which `on_disk` is a file or folder below root.
-
-    `splits` are torchvision's names of the splits; `classes` is the number of classes where torchvision names none.
-    """
-    fetch(root / on_disk, source, lambda folder: [kind(folder, split, download=True) for split in splits])
+def read_torchvision(kind, on_disk, classes, source, root, search):
+    """Reads torchvision's data set `kind`, of which `on_disk` is a file or folder below root."""
+    read = getattr(datasets, kind)
+    splits = TORCHVISION_SPLITS.get(kind, ("train", "test"))
+    fetch(root / on_disk, source, lambda folder: [read(folder, split, download=True) for split in splits])
+    if kind in ("DTD", "Food101"):
+        read = partial(read, loader=Path)  # its images are decoded later
     samples = []
-    with reading(f"{kind.__name__} below {root}, which comes from {source}"):
+    with reading(f"{kind} below {root}, which comes from {source}"):
         for split in splits:
-            images = kind(root, split, **options)
+            images = read(root, split)
             samples.append([(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in images])
     names = getattr(images, "classes", [f"class {label}" for label in range(classes)])
     if len(splits) == 3:
@@ -709,25 +710,15 @@ CHECKSUM_ROWS = """
     stanfordcars/test.json    8a5e55b4d0d7bde3551fa80a0f5505d7
 """  # the end of a file's address, its MD5 or SHA-256
 CHECKSUMS = dict(read_rows(CHECKSUM_ROWS))
-CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
-TORCHVISION = [
-    DataSet("cifar10", partial(
-        read_torchvision, datasets.CIFAR10, "cifar-10-batches-py", splits=(True, False)), CIFAR),
-    DataSet("cifar100", partial(
-        read_torchvision, datasets.CIFAR100, "cifar-100-python", splits=(True, False)), CIFAR),
-    DataSet("dtd", partial(
-        read_torchvision, datasets.DTD, "dtd", splits=("train", "val", "test"), loader=Path),
-        "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
-    DataSet("food101", partial(
-        read_torchvision, datasets.Food101, "food-101", loader=Path),
-        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
-    DataSet("gtsrb", partial(
-        read_torchvision, datasets.GTSRB, "gtsrb", classes=43),
-        "https://benchmark.ini.rub.de/gtsrb_dataset.html"),
-    DataSet("svhn", partial(
-        read_torchvision, datasets.SVHN, "train_32x32.mat", classes=10),
-        "http://ufldl.stanford.edu/housenumbers"),
-]  # fmt: skip
+TORCHVISION = """
+    cifar10   CIFAR10   cifar-10-batches-py   0  https://www.cs.toronto.edu/~kriz/cifar.html
+    cifar100  CIFAR100  cifar-100-python      0  https://www.cs.toronto.edu/~kriz/cifar.html
+    dtd       DTD       dtd                   0  https://www.robots.ox.ac.uk/~vgg/data/dtd
+    food101   Food101   food-101              0  http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz
+    gtsrb     GTSRB     gtsrb                43  https://benchmark.ini.rub.de/gtsrb_dataset.html
+    svhn      SVHN      train_32x32.mat      10  http://ufldl.stanford.edu/housenumbers
+"""  # name, class in torchvision, what it makes below root, number of classes where it names none, source
+TORCHVISION_SPLITS = {"CIFAR10": (True, False), "CIFAR100": (True, False), "DTD": ("train", "val", "test")}
 VTAB_1K = "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
 VTAB = {  # group: a table of tasks, number of classes, inner_dim and scale
     "vtab/natural": """
@@ -783,7 +774,9 @@ def make_table():
         by_method = adapted(inner_dim=int(inner_dim), scale=float(scale))
         rows.append(DataSet(name, read, dict(read_rows(FGVC_SOURCES))[name], {"transform": "crop-flip"}, by_method))
     rows[-1].by_method["sa2vp"]["fusion_layers"] = (4,)  # cars
-    full_size = [row._replace(settings={}) for row in rows[:-1]] + TORCHVISION
+    full_size = [row._replace(settings={}) for row in rows[:-1]]  # without cars
+    for name, kind, on_disk, classes, source in read_rows(TORCHVISION):
+        full_size.append(DataSet(name, partial(read_torchvision, kind, on_disk, int(classes)), source))
     for group, tasks in VTAB.items():
         groups[group] = []
         for task, classes, inner_dim, scale in read_rows(tasks):

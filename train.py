@@ -654,20 +654,20 @@ def print_table(rows):
 
 
 def use_tuned(args, given, machine):
-    """--eval or --predict with the model of a finished run. Returns the exit code."""
+    """--eval or --predict with the model of a finished run. `given` is {option: value}. Returns the exit code."""
     path = args.eval or args.predict[0]
-    model, meta = sa2vp.load(path, given.get("weights", [None])[0])
+    model, meta = sa2vp.load(path, given.get("weights"))
     model.to(machine.device)
-    folder = path if path.is_dir() else path.parent
+    if not path.is_dir():
+        path = path.parent
     failed = {}
     if args.eval:
-        samples = find_test_images(meta, given, args.root or meta["root"])
-        table = (args.out or folder) / "test.csv"
+        samples = find_test_images(meta, given.get("data"), args.root or meta["root"])
+        table = (args.out or path) / "test.csv"
     else:
         samples, failed = find_pictures(args.predict[1:])
         table = (args.out or Path()) / "predictions.csv"
-    batch_size = given.get("batch_size", [meta["batch_size"]])[0]
-    batches = data.make_loader(samples, meta["input"], batch_size, machine.workers)
+    batches = data.make_loader(samples, meta["input"], given.get("batch_size", meta["batch_size"]), machine.workers)
     logits, _ = predict(model, tqdm(batches, leave=False, disable=None), machine)
     rows = list_predictions(samples, logits[:, 0].softmax(dim=1), meta["classes"])
     if args.eval:
@@ -678,18 +678,17 @@ def use_tuned(args, given, machine):
     print(f"wrote {table}")
     if args.show:
         step = max(1, len(samples) // args.show)
-        show(folder / "show.png", samples[::step][: args.show], model, meta, machine)
+        show(path / "show.png", samples[::step][: args.show], model, meta, machine)
     return 2 if failed else 0
 
 
-def find_test_images(meta, given, root):
-    """The samples for --eval: the run's test images, in the folder of the run or in another that has the same images.
+def find_test_images(meta, name, root):
+    """The samples for --eval: the run's test images, where it had them or in the folder `name`.
 
     InputError if the images have changed since the run, because its training images could be among the test images.
     """
-    settings = meta["settings"]
-    name = given.get("data", [settings["data"]])[0]
-    splits = read_data(name, root, settings["search"])
+    name = name or meta["settings"]["data"]
+    splits = read_data(name, root, meta["settings"]["search"])
     if data.digest(splits) != meta["digest"]:
         raise InputError(f"the images of {name} are not those of the run: test on new images with --predict")
     if not splits.test:
@@ -713,12 +712,14 @@ def list_predictions(samples, probabilities, classes):
     """A row for each image: its file, its true class if it is known, the predicted class and its probability."""
     rows = []
     largest, guesses = probabilities.max(dim=1)
-    for (image, label), guess, probability in zip(samples, guesses.tolist(), largest.tolist()):
-        row = {"file": str(image) if isinstance(image, Path) else f"image {len(rows)}"}
+    for i, (image, label) in enumerate(samples):
+        row = {"file": str(image)}
+        if not isinstance(image, Path):
+            row["file"] = f"image {i}"
         if label is not None:
             row["true class"] = classes[label]
-        row["predicted class"] = classes[guess]
-        row["probability"] = probability
+        row["predicted class"] = classes[guesses[i]]
+        row["probability"] = largest[i].item()
         rows.append(row)
     return rows
 
@@ -985,7 +986,9 @@ def main(argv=None):
         if hasattr(args, name):
             given[name] = list(dict.fromkeys(getattr(args, name)))  # each value once
     tuned = args.eval or args.predict
+    first = {}
     for name, values in given.items():
+        first[name] = values[0]
         if tuned and (name not in ("data", "weights", "batch_size") or len(values) > 1):
             parser.error("--eval and --predict take only --data, --weights and --batch-size, with one value each")
     if args.show and (not tuned or args.show < 0):
@@ -993,7 +996,7 @@ def main(argv=None):
     try:
         machine = choose_machine(args)
         if tuned:
-            code = use_tuned(args, given, machine)
+            code = use_tuned(args, first, machine)
         elif args.list:
             code = list_runs(args.out or Path("runs"))
         else:
