@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
@@ -178,7 +178,7 @@ def class_folders(folder):
 def images_below(folder):
     """Returns ({image: parts of its path below the folder}, {reason: paths below it that are left out}), sorted."""
     folder = Path(folder)
-    with reading(f"the folder {folder}"):
+    with reading(f"the folder {folder}", "; if it has moved, give its place by --data"):
         root = folder.resolve()
         files = [path.relative_to(folder) for path in walk(folder, root, set(root.parents))]
     runs = {class_path(path.parts) for path in files if path.name == "best.pt"}
@@ -293,7 +293,8 @@ def folder_notes(splits, subfolders, left_out):
         notes.append(f"left out {len(paths)} {reason}: {shorten(paths, 5)}")
     for split, samples in (("validation", splits.val), ("test", splits.test)):
         if len(samples) < 30:
-            notes.append(f"{len(samples)} {split} images are few, one is {100 / len(samples):.0f} points: add some")
+            points = 100 / len(samples)
+            notes.append(f"{len(samples)} {split} images are few: one is {points:.1f} points of accuracy; add some")
     return notes
 
 
@@ -542,9 +543,12 @@ def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded. DataError names a file that cannot be read."""
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
     with reading(f"the image {path}", "; convert it to JPEG or PNG, or remove it"), open(path, "rb") as file:
-        with Image.open(file) as picture:
-            check_pixels(picture)
-            yield picture
+        try:
+            picture = Image.open(file)
+        except UnidentifiedImageError:
+            raise ValueError("it is damaged or of another format") from None
+        check_pixels(picture)
+        yield picture
 
 
 def check_pixels(picture):
@@ -581,7 +585,7 @@ def find_images(paths):
         else:
             images.append(Path(path))
     if not images:
-        raise DataError(f"there is no image in {shorten(paths, 5)}: give images or folders of them, as JPEG or PNG")
+        raise DataError(f"there is no image in {shorten(paths, 5) or 'no path'}: give images or folders, JPEG or PNG")
     return images
 
 

@@ -75,8 +75,10 @@ def aligned_neighbourhood(grid, other_grid, window):
     columns = near(grid[1], other_grid[1], window)
     mask = nn.functional.pad(torch.kron(rows, columns), (1, 0, 1, 0))  # a row and a column of False: the class tokens
     mask[0] = True
-    if window % 2 == 0 or not mask.any(1).all():
-        raise InputError(f"window {window} must be odd and leave no token of {grid} without any of {other_grid}")
+    if window % 2 == 0:
+        raise InputError(f"window {window} must be odd")
+    if not mask.any(1).all():
+        raise InputError(f"window {window} leaves tokens of the grid {grid} nothing to attend to in {other_grid}")
     return mask
 
 
@@ -201,7 +203,7 @@ class SA2VP(nn.Module):
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
-            raise InputError(f"fusion layers {fusion} must be a subset of distill layers {distill} of 0 to {depth - 1}")
+            raise InputError(f"fusion layers {fusion} must be among distill layers {distill}, and those among 0 to {depth - 1}")
         grid = prompt_grid or vit.grid
         if prompt_grid == "half":
             grid = (vit.grid[0] // 2, vit.grid[1] // 2)

@@ -146,7 +146,7 @@ def fit(settings, out, machine, test=True, splits=None):
     if not test:
         splits = splits._replace(test=[])
     check_before_training(out, settings, splits, test)
-    announce(settings, out, machine, model, len(train_batches))
+    announce(settings, out, machine, model, len(train_batches), len(history))
 
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
@@ -322,7 +322,6 @@ def resume(out, meta, model, optimizer, scaler):
     if "kept" not in state:  # version 1 has the kept epoch in best.pt alone
         best = sa2vp.read_checkpoint(out / "best.pt")
         state["kept"] = {"epoch": len(best["history"]), "trained": best["trained"]}
-    print(f"resuming after epoch {len(state['history'])}")
     return state["history"], state["kept"]
 
 
@@ -344,14 +343,19 @@ def check_before_training(out, settings, splits, test):
             raise InputError(f"{len(failed)} test images cannot be read: {data.shorten(list(failed.values()), 5)}")
 
 
-def announce(settings, out, machine, model, steps_per_epoch):
+def announce(settings, out, machine, model, steps_per_epoch, epochs_done):
     """Prints what is about to run."""
+    if epochs_done == settings["epochs"]:
+        print(f"{out} is already trained; now it is tested")
+        return
     steps = settings["epochs"] * steps_per_epoch
     print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
     print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
           f"{machine.device} in {machine.dtype}, to {out}, in {steps} steps")  # fmt: skip
     if steps < 200:
         print(f"{steps} steps may be too few: try a smaller --batch-size or more --epochs")
+    if epochs_done:
+        print(f"resuming after epoch {epochs_done}")
 
 
 def train_epoch(model, batches, optimizer, scaler, settings, epoch, machine):
@@ -432,7 +436,7 @@ def print_epoch(row, epochs):
         line += f"  validation {row['val_accuracy']:.2f} %"
     print(f"{line}  {row['seconds']:.1f} s")
     if row["epoch"] == 1:
-        print(f"all {epochs} epochs take about {epochs * row['seconds'] / 60:.0f} minutes")
+        print(f"all {epochs} epochs take about {epochs * row['seconds'] / 60:.1f} minutes")
 
 
 def is_best(history):
@@ -608,8 +612,9 @@ def list_runs(out):
     for path in sorted(out.glob("**/result.json")):
         try:
             result = read_result(path.parent)
-        except InputError as error:
-            print(f"left out: {error}")
+            changed_settings(result["settings"])
+        except InputError as error:  # it is damaged, or of a method that is unknown here
+            print(f"{path.parent} is left out: {error}")
             continue
         key = json.dumps([dict(result["settings"], seed=None), result.get("digest"), result.get("fingerprint")])
         groups.setdefault(key, {})[result["settings"]["seed"]] = result
@@ -678,7 +683,7 @@ def use_tuned(args, given, machine):
     print(f"wrote {table}")
     if args.show:
         step = max(1, len(samples) // args.show)
-        show(path / "show.png", samples[::step][: args.show], model, meta, machine)
+        show(table.with_name("show.png"), samples[::step][: args.show], model, meta, machine)
     return 2 if failed else 0
 
 
@@ -733,7 +738,7 @@ def print_test(rows):
         correct[row["true class"]] += row["true class"] == row["predicted class"]
     accuracies = {name: 100 * correct[name] / counts[name] for name in counts}
     print(f"test accuracy {100 * correct.total() / len(rows):.2f} % of {len(rows)} images")
-    print(f"mean of the {len(counts)} classes {statistics.mean(accuracies.values()):.2f} %, the worst:")
+    print(f"mean over {len(counts)} classes {statistics.mean(accuracies.values()):.2f} %; of each class, the worst first:")
     for name in sorted(accuracies, key=accuracies.get)[:30]:
         print(f"  {accuracies[name]:6.2f} %  {name}, {counts[name]} images")
 
@@ -913,8 +918,10 @@ def add_options(parser):
             defaults.setdefault(text(defaults_of(method).get(name)), method)
         defaults.pop("none", None)
         help_text = HELP.get(name, "an option of a method")
-        for value, method in defaults.items():
-            help_text += f"; default {value} ({method})"
+        if len(defaults) == 1:
+            help_text += f"; default {min(defaults)}"
+        elif defaults:
+            help_text += "; default " + ", ".join(f"{value} ({method})" for value, method in defaults.items())
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             nargs="+",
@@ -962,7 +969,7 @@ def choose_machine(args):
     # A GPU may be listed although its driver is missing or too old.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and not args.cpu else 0
     if args.gpu is not None and not 0 <= args.gpu < gpus:
-        raise InputError(f"no GPU {args.gpu}: PyTorch sees {gpus}, numbered from 0")
+        raise InputError(f"no GPU {args.gpu}: PyTorch sees {gpus or 'no GPU'}, numbered from 0")
     device = torch.device("cpu")
     dtype = torch.float32
     if gpus:
@@ -1006,7 +1013,8 @@ def main(argv=None):
         print("interrupted; repeat the command to resume training after the last completed epoch", file=sys.stderr)
     except Exception as error:
         code = report(error)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
