@@ -60,7 +60,7 @@ def find(name):
     if name in TABLE:
         return TABLE[name]
     folder = Path(os.path.abspath(os.path.expanduser(name)))
-    if not folder.is_dir() and not os.path.isabs(name):  # runs know their folder, which may be gone, by its whole path
+    if not folder.is_dir() and (folder.exists() or not os.path.isabs(name)):  # runs know their folder, which may be gone, by its whole path
         choices = f"a folder (unpack an archive first), a name that --help lists, or a group ({', '.join(GROUPS)})"
         raise DataError(f"no data set and no folder is named {name!r}: give {choices}")
     return DataSet(
@@ -217,7 +217,7 @@ def is_system(name):
 
 def class_path(parts):
     """The first parts of a path, which lead to the folder that would be its class."""
-    if parts[0].lower() in SPLIT_OF:
+    if parts[0].strip().lower() in SPLIT_OF:
         return parts[:2]
     return parts[:1]
 
@@ -229,12 +229,12 @@ def split_folders(folder, images, left_out):
     """
     if not images:
         files = shorten(sum(left_out.values(), []), 3)
-        raise DataError(f"{folder} has no images, only {files or 'nothing'}: unpack archives, convert to JPEG or PNG")
+        raise DataError(f"{folder} has no images but {files or 'is empty'}: unpack archives, convert to JPEG or PNG")
     split_of = {}
     with_classes = set()  # splits that have class folders with images
     others = set()  # other folders with images
     for parts in images.values():
-        split = SPLIT_OF.get(parts[0].lower())
+        split = SPLIT_OF.get(parts[0].strip().lower())
         if split:
             split_of[parts[0]] = split
         elif len(parts) > 1:
@@ -248,9 +248,9 @@ def split_folders(folder, images, left_out):
         return {}
     if others:
         raise DataError(f"{folder} has splits, but also images in {shorten(sorted(others), 5)}: move them elsewhere")
-    for name, split in split_of.items():
-        if split not in with_classes:
-            raise DataError(f"{folder} has images in {name}/ but no class folders: sort them into {name}/<class>/")
+    for path in Path(folder).iterdir():
+        if path.is_dir() and SPLIT_OF.get(path.name.strip().lower(), "train") not in with_classes:
+            raise DataError(f"{folder} has no class folders with images in {path.name}/: sort images into <class>/ there")
     if len(with_classes) < len(split_of):
         raise DataError(f"{folder} has two names of one split among {', '.join(split_of)}: merge these folders")
     return split_of
@@ -541,6 +541,8 @@ def open_picture(image):
 @contextmanager
 def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded. DataError names a file that cannot be read."""
+    if not os.path.isfile(path):
+        raise DataError(f"there is no image file {path}")
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
     with reading(f"the image {path}", "; convert it to JPEG or PNG, or remove it"), open(path, "rb") as file:
         try:
@@ -577,16 +579,22 @@ def upright_rgb(picture):
 
 
 def find_images(paths):
-    """Returns the files among the paths, and all images below the folders among them. Raises DataError if none."""
+    """Returns the files among the paths and all images below the folders among them, and the other files there.
+
+    Raises DataError if there is no image.
+    """
     images = []
+    others = []
     for path in paths:
         if os.path.isdir(path):
-            images += images_below(path)[0]
+            below, left_out = images_below(path)
+            images += below
+            others += sum(left_out.values(), [])
         else:
             images.append(Path(path))
     if not images:
         raise DataError(f"there is no image in {shorten(paths, 5) or 'no path'}: give images or folders, JPEG or PNG")
-    return images
+    return images, others
 
 
 def unreadable(images):

@@ -60,7 +60,7 @@ DEFAULTS = {
     "search": False,  # set by the program: in a search VTAB-1k is trained on 800 of its 1,000 images, validated on 200
 }
 LEARNING_RATE = {"linear": 1e-2, "full": 1e-4}  # of methods that need another than the default
-MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "batch_size": 1, "lr": 1e-12, "weight_decay": 0, "seed": 0}
+MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "batch_size": 1, "lr": 1e-12, "weight_decay": 0}
 
 # The backbone of the generated images: small, pre-trained by this program to tell the shape and colour of an object.
 SMALL_VIT = {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
@@ -86,6 +86,7 @@ def complete_settings(given):
         if settings[name] is not None:
             sa2vp.check(name, settings[name], minimum)
     sa2vp.check("warmup", settings["warmup"], 0, 1)
+    sa2vp.check("seed", settings["seed"], 0, 2**32)
     # Make paths absolute, so that they mean the same from every working directory.
     if settings["data"] not in data.TABLE:
         settings["data"] = os.path.abspath(os.path.expanduser(settings["data"]))
@@ -102,10 +103,11 @@ def defaults_of(method):
 
 
 def all_options():
-    """The settings and the options of all methods, each once, {name: the default of one method}."""
+    """The settings and the options of all methods, each once, {name: default}. The first method with it counts."""
     options = dict(DEFAULTS)
     for method in sa2vp.METHODS:
-        options.update(sa2vp.options(method))
+        for name, default in sa2vp.options(method).items():
+            options.setdefault(name, default)
     return options
 
 
@@ -132,7 +134,8 @@ def fit(settings, out, machine, test=True, splits=None):
     backbone = load_backbone(settings)
     meta = describe_run(settings, splits, backbone, machine)
     result = read_result(out, meta)
-    if result and (result["accuracy"] is not None or not test):  # a run of a search is yet to be tested
+    is_tested = result and (result["accuracy"] is not None or not test)  # a run of a search is yet to be tested
+    if is_tested and vit.is_file(out / "best.pt"):
         print(f"{out} is already finished; to train it again, delete its folder")
         return result
     model = build_model(backbone, meta, machine)
@@ -143,9 +146,9 @@ def fit(settings, out, machine, test=True, splits=None):
     loading = {"preprocessing": meta["input"], "batch_size": meta["batch_size"], "workers": machine.workers}
     train_batches = data.make_loader(splits.train, **loading, shuffle_seed=settings["seed"])
     val_batches = data.make_loader(splits.val, **loading)
+    check_before_training(out, settings, splits, test)
     if not test:
         splits = splits._replace(test=[])
-    check_before_training(out, settings, splits, test)
     announce(settings, out, machine, model, len(train_batches), len(history))
 
     for epoch in range(len(history), settings["epochs"]):
@@ -169,6 +172,7 @@ def fit(settings, out, machine, test=True, splits=None):
         save(out / "last.pt", dict(meta, history=history, trained=trained, kept=kept, **state))
 
     # The model sees the test images only here, once, with the kept epoch.
+    save_metrics(out, history)
     save(out / "best.pt", dict(meta, history=history[: kept["epoch"]], trained=kept["trained"]))
     sa2vp.load_trained(model, kept["trained"])
     result = dict(meta, best_epoch=kept["epoch"], val_accuracy=history[kept["epoch"] - 1]["val_accuracy"])
@@ -266,7 +270,7 @@ def read_result(out, meta=None):
         if "digest" not in result and vit.is_file(out / "best.pt"):  # version 1 has it in best.pt alone
             result = sa2vp.read_checkpoint(out / "best.pt") | result
         result["accuracy"], result["val_accuracy"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {path} ({error}); choose another --out, or delete the run") from None
     if meta:
         check_same(path, result, meta)
@@ -313,7 +317,10 @@ def resume(out, meta, model, optimizer, scaler):
     path = out / "last.pt"
     if not vit.is_file(path):
         return [], None
-    state = sa2vp.read_checkpoint(path)
+    try:
+        state = sa2vp.read_checkpoint(path)
+    except InputError as error:
+        raise InputError(f"{error}; to start over, delete the run's folder") from None
     check_same(path, state, meta)
     sa2vp.load_trained(model, state["trained"])
     optimizer.load_state_dict(state["optimizer"])
@@ -567,7 +574,9 @@ def pretrain(machine):
 def is_pretrained(folder):
     """Whether the folder holds a finished pre-training with the current settings."""
     result = read_result(folder)
-    return bool(result) and json.dumps(result["settings"]) == json.dumps(complete_settings(PRETRAINING))
+    settings = complete_settings(PRETRAINING)
+    is_complete = result and vit.is_file(folder / "best.pt")
+    return bool(is_complete) and json.dumps(settings | result["settings"]) == json.dumps(settings)
 
 
 def print_result(folder, result):
@@ -612,19 +621,22 @@ def list_runs(out):
     for path in sorted(out.glob("**/result.json")):
         try:
             result = read_result(path.parent)
-            changed_settings(result["settings"])
-        except InputError as error:  # it is damaged, or of a method that is unknown here
+            key = changed_settings(result["settings"]) | {name: result.get(name) for name in COMPARED}
+        except (InputError, data.DataError, TypeError) as error:  # it is damaged, or its method is unknown here
             print(f"{path.parent} is left out: {error}")
             continue
-        key = json.dumps([dict(result["settings"], seed=None), result.get("digest"), result.get("fingerprint")])
+        for name in (*UNCOMPARED, "seed"):
+            key.pop(name, None)
+        key = json.dumps([text(result["settings"]["data"]), result["settings"]["method"], key])
         groups.setdefault(key, {})[result["settings"]["seed"]] = result
     if not groups:
         print(f"there is no finished run below {out}")
-        return
+        return 2
     rows = [summarise(list(group.values())) for group in groups.values()]
     print_table(rows)
     save(out / "list.csv", rows)
     print(f"wrote {out / 'list.csv'}")
+    return 0
 
 
 def summarise(results):
@@ -672,7 +684,9 @@ def use_tuned(args, given, machine):
     else:
         samples, failed = find_pictures(args.predict[1:])
         table = (args.out or Path()) / "predictions.csv"
-    batches = data.make_loader(samples, meta["input"], given.get("batch_size", meta["batch_size"]), machine.workers)
+    batch_size = given.get("batch_size", meta["batch_size"])
+    sa2vp.check("batch_size", batch_size, 1)
+    batches = data.make_loader(samples, meta["input"], batch_size, machine.workers)
     logits, _ = predict(model, tqdm(batches, leave=False, disable=None), machine)
     rows = list_predictions(samples, logits[:, 0].softmax(dim=1), meta["classes"])
     if args.eval:
@@ -703,9 +717,9 @@ def find_test_images(meta, name, root):
 
 def find_pictures(paths):
     """The samples for --predict, without labels, and {image: reason} of images that cannot be read."""
-    images = data.find_images(paths)
+    images, skipped = data.find_images(paths)
     failed = data.unreadable(images)
-    print(f"{len(images)} images, {len(failed)} of them unreadable")
+    print(f"{len(images)} images, {len(failed)} of them unreadable; {len(skipped)} other files: {data.shorten(skipped, 5)}")
     for reason in failed.values():
         print(f"  {reason}")
     if len(failed) == len(images):
@@ -747,10 +761,10 @@ def show(path, samples, model, meta, machine):
     """--show: draws one row per image: the image, then maps, white where a map is largest and black where smallest."""
     preprocess = data.transform(**meta["input"])
     images = torch.stack([preprocess(data.open_picture(image)) for image, _ in samples]).to(machine.device)
-    maps = {
-        "attention of the encoder alone": sa2vp.class_attention(model.vit, images),
-        "attention of the whole model": sa2vp.class_attention(model, images),
-    }
+    maps = {}
+    if vit.fingerprint(model.vit) == meta["fingerprint"]:  # the method has not changed the encoder
+        maps["attention of the encoder alone"] = sa2vp.class_attention(model.vit, images)
+    maps["attention of the whole model"] = sa2vp.class_attention(model, images)
     if isinstance(model, sa2vp.SA2VP):
         maps["effect of the prompts"] = sa2vp.prompting_strength(model, images)
     tiles = [F.interpolate(images, (200, 200))]
@@ -787,7 +801,7 @@ def write_csv(path, rows, encoding):
     """Writes a list of dicts as a table, whose columns are the keys of all rows."""
     columns = dict.fromkeys(itertools.chain.from_iterable(rows))
     with path.open("w", newline="", encoding=encoding, errors="backslashreplace") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(rows)
 
@@ -807,7 +821,7 @@ def text(value):
     if isinstance(value, (tuple, list)):
         return ",".join(map(text, value))
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.12g}"
     return "/".join(Path(str(value)).parts[-2:])
 
 
@@ -913,6 +927,8 @@ def add_options(parser):
     for name, default in all_options().items():
         if name == "search":
             continue
+        if name not in PARSERS and type(default) not in PARSERS:
+            raise InputError(f"option {name} with default {default} needs a row in train.PARSERS")
         defaults = {}  # {default: the first method that has it}
         for method in sa2vp.METHODS:
             defaults.setdefault(text(defaults_of(method).get(name)), method)
@@ -928,7 +944,7 @@ def add_options(parser):
             action="extend",
             metavar="X",
             default=argparse.SUPPRESS,
-            type=PARSERS.get(name) or PARSERS.get(type(default), word),
+            type=PARSERS.get(name) or PARSERS[type(default)],
             choices=CHOICES.get(name),
             help=help_text,
         )
@@ -936,7 +952,7 @@ def add_options(parser):
 
 def folder(value):
     """A parser for argparse: a path, whose ~ is the user's home."""
-    return Path(word(value)).expanduser()
+    return Path(os.path.expanduser(word(value)))
 
 
 def make_parser():
@@ -986,7 +1002,10 @@ def choose_machine(args):
 
 def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, 1 and a traceback on a bug, 130 on Ctrl-C."""
-    parser = make_parser()
+    try:
+        parser = make_parser()
+    except InputError as error:
+        sys.exit(report(error))
     args = parser.parse_args(argv)
     given = {}
     for name in all_options():

@@ -170,7 +170,7 @@ def mean_and_std(normalize):
         return NORMALIZE[normalize]
     try:
         values = np.array(normalize).reshape(2, 3)  # mean and std
-        if values.dtype.kind not in "if" or not np.isfinite(values).all() or values[1].min() <= 0:
+        if values.dtype.kind not in "if" or not np.isfinite(values).all() or values[1].min() < 1e-6:
             raise ValueError
     except ValueError:  # also of any other count than six
         raise InputError(f"normalization {normalize!r}: expected half, imagenet or six numbers (mean, then std > 0)")
@@ -551,11 +551,15 @@ def merge(tensors):
             joined = name.replace("query", "qkv")
             if joined in tensors:
                 raise InputError(f"two of its tensors mean {joined}")
-            parts = [tensors.pop(name.replace("query", kind)) for kind in ("query", "key", "value")]
-            tensors[joined] = torch.cat(parts)
+            query, key, value = [tensors.pop(name.replace("query", kind)) for kind in ("query", "key", "value")]
+            if not query.shape == key.shape == value.shape:
+                raise InputError(f"{name} is {query.shape}, but its key {key.shape} and its value {value.shape}")
+            tensors[joined] = torch.cat([query, key, value])
         elif name.endswith("gain"):  # x + g (W h + b) = x + (g W) h + g b
             gain = tensors.pop(name)
             layer = name.removesuffix("gain")
+            if gain.shape != tensors[f"{layer}bias"].shape:
+                raise InputError(f"{name} is {gain.shape}, expected {tensors[f'{layer}bias'].shape}")
             tensors[f"{layer}weight"] *= gain[:, None]
             tensors[f"{layer}bias"] *= gain
     return tensors
