@@ -763,9 +763,9 @@ DRAWN = [
     DataSet(
         "shapes",
         partial(read_drawn, where_is_blue, DIRECTIONS, (1000, 400, 1000)),
-        settings={"batch_size": 32, "epochs": 30, "weights": "runs/shapes-vit/best.pt", "image_size": SIDE},
+        settings={"batch_size": 32, "epochs": 40, "weights": "runs/shapes-vit/best.pt", "image_size": SIDE},
         by_method=adapted(  # searched on validation data
-            {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}, scale=1.0, dropout=0.0
+            {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}, inner_dim=64, scale=1.0, dropout=0.0
         ),
     ),
     DataSet(

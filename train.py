@@ -65,7 +65,7 @@ MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "batch_size": 1, "lr": 1e-1
 # The backbone of the generated images: small, pre-trained by this program to tell the shape and colour of an object.
 SMALL_VIT = {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
 PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
-PRETRAINING = {"data": "shapes-source", "method": "full", "epochs": 8, "batch_size": 32, "lr": 2e-3}
+PRETRAINING = {"data": "shapes-source", "method": "full", "epochs": 16, "batch_size": 32, "lr": 2e-3}
 
 
 def complete_settings(given):
