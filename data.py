@@ -60,7 +60,8 @@ def find(name):
     if name in TABLE:
         return TABLE[name]
     folder = Path(os.path.abspath(os.path.expanduser(name)))
-    if not folder.is_dir() and (folder.exists() or not os.path.isabs(name)):  # runs know their folder, which may be gone, by its whole path
+    # A run knows its folder by an absolute path. That folder may be gone.
+    if not folder.is_dir() and (folder.exists() or not os.path.isabs(name)):
         choices = f"a folder (unpack an archive first), a name that --help lists, or a group ({', '.join(GROUPS)})"
         raise DataError(f"no data set and no folder is named {name!r}: give {choices}")
     return DataSet(
@@ -250,7 +251,7 @@ def split_folders(folder, images, left_out):
         raise DataError(f"{folder} has splits, but also images in {shorten(sorted(others), 5)}: move them elsewhere")
     for path in Path(folder).iterdir():
         if path.is_dir() and SPLIT_OF.get(path.name.strip().lower(), "train") not in with_classes:
-            raise DataError(f"{folder} has no class folders with images in {path.name}/: sort images into <class>/ there")
+            raise DataError(f"{path} has no class folders with images: sort images into <class>/ there")
     if len(with_classes) < len(split_of):
         raise DataError(f"{folder} has two names of one split among {', '.join(split_of)}: merge these folders")
     return split_of
@@ -759,6 +760,7 @@ VTAB = {  # group: a table of tasks, number of classes, inner_dim and scale
         smallnorb_ele               9   32  0.5
     """,
 }
+# Rows of no group: images drawn by the program. Other data sets can be added here.
 DRAWN = [
     DataSet(
         "shapes",

@@ -16,8 +16,8 @@ the other a message: a patch token attends only to the tokens around its own pla
 
 The equation numbers are this project's, not the paper's. N is the number of patches and h x w their grid. h' x w' is
 the grid of the prompt map, equal to h x w unless the map is scaled. d is the width of the encoder, r the inner
-dimension of the prompt maps and adapters. N(t) is the aligned neighbourhood of token t. D and F are sets of layers. `*` is the
-element-wise product. During training, dropout also acts on B_0, on P_0 and in the MLPs of T_i.
+dimension of the prompt maps and adapters. N(t) is the aligned neighbourhood of token t. D and F are sets of layers.
+`*` is the element-wise product. During training, dropout also acts on B_0, on P_0 and in the MLPs of T_i.
 """
 
 import copy
@@ -203,7 +203,8 @@ class SA2VP(nn.Module):
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
-            raise InputError(f"fusion layers {fusion} must be among distill layers {distill}, and those among 0 to {depth - 1}")
+            allowed = f"distill layers {distill}, and those among 0 to {depth - 1}"
+            raise InputError(f"fusion layers {fusion} must be among {allowed}")
         grid = prompt_grid or vit.grid
         if prompt_grid == "half":
             grid = (vit.grid[0] // 2, vit.grid[1] // 2)
@@ -322,8 +323,14 @@ class AdapterTuning(ViTClassifier):
         return super().layer(i, x) + self.scale * self.adapters[i](x)
 
 
-# A new method is a class, or a function that returns a model, and a row here. It takes a backbone, the number of
-# classes and its options, each with a default. It has a `vit` and a `head`, and returns a tuple of logits.
+# A new method is a class, or a function that returns a model, and a row here.
+# - It takes a backbone, the number of classes and its options. Options are written out, each with a default, and become
+#   flags. A default of another type than number, text or bool needs a row in PARSERS in train.py.
+# - It freezes the backbone (`freeze`) before it adds modules. The backbone is its `vit`, the classifier its `head`
+#   (`make_head`). It returns a tuple of logits: the first predict, a second is of the prompt pathway.
+# - All its state is in parameters and buffers. Nothing is merged or cached in evaluation mode.
+# Settings that a data set has for one method, such as its learning rate, are in `by_method` in data.py. A new method
+# has none of them unless a row there names it.
 METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "adapter": AdapterTuning, "linear": linear_probe, "full": ViTClassifier}
 
 

@@ -1066,6 +1066,12 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_a_whole_one_with_any_worke
     assert "resuming after epoch 1" in capsys.readouterr().out
 
 
+def test_a_finished_run_without_best_pt_writes_it_again(finished, workplace):
+    (finished / "best.pt").unlink()
+    train.fit(settings_of(workplace), finished, CPU)
+    assert sa2vp.load(finished, workplace / "vit.pth")
+
+
 def test_last_pt_alone_is_enough_to_end_a_run(finished, workplace):
     before = outcome(finished)
     for name in ("best.pt", "result.json", "metrics.csv"):
@@ -1714,7 +1720,7 @@ TRAIN = pictures("train/ant", "train/bee")
     (pictures("ant", "bee", "val/ant"), "no training images in <class>/"),
     ({"1.png": None}, "no training images in <class>/"),
     (TRAIN | pictures("test/cow"), "no training images of the classes cow"),
-    (TRAIN | pictures("val"), "no class folders with images in val/"),  # ImageNet's
+    (TRAIN | pictures("val"), "val has no class folders with images"),  # ImageNet's
     (TRAIN | pictures("Training/ant"), "Training, train|train, Training"),
     (TRAIN | pictures("val/ant", "valid/ant"), "two names of one split .*val, valid"),
     (TRAIN | pictures("extra/ant"), "images in extra: move"),
@@ -2130,6 +2136,15 @@ def test_list_is_a_table_of_all_finished_runs_below_a_folder(finished):
 
     (row,) = read_table(Path("other/list.csv"))
     assert (row["method"], row["seeds"], row["images"]) == ("sa2vp", "1", "20")
+
+
+@pytest.mark.parametrize("flag, values, rows", [("--seed", (1, 2), 1), ("--batch-size", (4, 5), 2), ("--lr", (1, 2), 2)])
+def test_runs_that_differ_in_the_seed_alone_are_one_row(workplace, flag, values, rows):
+    for value in values:
+        train_run("--method", "linear", flag, value)
+    assert exit_code("--list") == 0
+
+    assert len(read_table(Path("runs/list.csv"))) == rows
 
 
 @pytest.fixture

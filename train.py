@@ -41,7 +41,8 @@ import vit
 from vit import InputError
 
 # The settings of every run. The options of a method are the arguments of its class in sa2vp.py. A data set's row in
-# data.py overrides the defaults of both, and the command line overrides all.
+# data.py overrides the defaults of both, and the command line overrides all. A new setting is a line here, one in
+# HELP_TEXTS, and one in MINIMUM or PARSERS if it needs them.
 DEFAULTS = {
     "data": "shapes",
     "method": "sa2vp",
@@ -621,12 +622,13 @@ def list_runs(out):
     for path in sorted(out.glob("**/result.json")):
         try:
             result = read_result(path.parent)
-            key = changed_settings(result["settings"]) | {name: result.get(name) for name in COMPARED}
+            key = changed_settings(result["settings"])
         except (InputError, data.DataError, TypeError) as error:  # it is damaged, or its method is unknown here
             print(f"{path.parent} is left out: {error}")
             continue
         for name in (*UNCOMPARED, "seed"):
             key.pop(name, None)
+        key |= {name: result.get(name) for name in COMPARED}
         key = json.dumps([text(result["settings"]["data"]), result["settings"]["method"], key])
         groups.setdefault(key, {})[result["settings"]["seed"]] = result
     if not groups:
@@ -719,7 +721,9 @@ def find_pictures(paths):
     """The samples for --predict, without labels, and {image: reason} of images that cannot be read."""
     images, skipped = data.find_images(paths)
     failed = data.unreadable(images)
-    print(f"{len(images)} images, {len(failed)} of them unreadable; {len(skipped)} other files: {data.shorten(skipped, 5)}")
+    print(f"{len(images)} images, {len(failed)} of them unreadable")
+    if skipped:
+        print(f"{len(skipped)} other files are left out: {data.shorten(skipped, 5)}")
     for reason in failed.values():
         print(f"  {reason}")
     if len(failed) == len(images):
@@ -752,7 +756,7 @@ def print_test(rows):
         correct[row["true class"]] += row["true class"] == row["predicted class"]
     accuracies = {name: 100 * correct[name] / counts[name] for name in counts}
     print(f"test accuracy {100 * correct.total() / len(rows):.2f} % of {len(rows)} images")
-    print(f"mean over {len(counts)} classes {statistics.mean(accuracies.values()):.2f} %; of each class, the worst first:")
+    print(f"mean over {len(counts)} classes {statistics.mean(accuracies.values()):.2f} %; the worst first:")
     for name in sorted(accuracies, key=accuracies.get)[:30]:
         print(f"  {accuracies[name]:6.2f} %  {name}, {counts[name]} images")
 

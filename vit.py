@@ -320,6 +320,8 @@ def vit_from_tensors(tensors, heads, image_size):
     dim, _, *patch_size = shape
     hidden = len(tensors["blocks.0.mlp.fc1.weight"])
     vit = VisionTransformer(image_size, patch_size, dim, count_layers(tensors), heads, hidden / dim)
+    if tensors["pos_embed"].dim() != 3 or tensors["pos_embed"].size(1) < 2:
+        raise InputError(f"pos_embed is {tensors['pos_embed'].shape}, expected (1, 1 + patches, d)")
     positions = tensors["pos_embed"].size(1) - 1
     side = math.isqrt(positions)
     if positions == side**2 and vit.grid != (side, side):  # taken for a square grid; any other has to fit as it is
@@ -522,8 +524,8 @@ def rename(tensors, prefix, table):
             continue
         if timm_name in renamed:
             raise InputError(f"two of its tensors mean {timm_name}")
-        if tensor.dim() == 0 or not tensor.is_floating_point():
-            raise InputError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected floats with a shape")
+        if tensor.dim() == 0 or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise InputError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected dense floats")
         renamed[timm_name] = tensor.float()
         if not renamed[timm_name].isfinite().all():
             raise InputError(f"{name} has values that are NaN or infinite in float32")
