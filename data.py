@@ -767,7 +767,7 @@ DRAWN = [
         partial(read_drawn, where_is_blue, DIRECTIONS, (1000, 400, 1000)),
         settings={"batch_size": 32, "epochs": 40, "weights": "runs/shapes-vit/best.pt", "image_size": SIDE},
         by_method=adapted(  # searched on validation data
-            {"sa2vp": 1e-2, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}, inner_dim=64, scale=1.0, dropout=0.0
+            {"sa2vp": 3e-3, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}, inner_dim=64, scale=1.0, dropout=0.0
         ),
     ),
     DataSet(
