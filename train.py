@@ -164,7 +164,6 @@ def fit(settings, out, machine, test=True, splits=None):
         row["seconds"] = time.perf_counter() - start
         history.append(row)
         print_epoch(row, settings["epochs"])
-
         trained = {name: tensor.detach().cpu().clone() for name, tensor in sa2vp.trained_state(model).items()}
         if settings["keep"] == "last" or is_best(history):
             kept = {"epoch": epoch + 1, "trained": trained}
@@ -634,7 +633,9 @@ def list_runs(out):
     if not groups:
         print(f"there is no finished run below {out}")
         return 2
-    rows = [summarise(list(group.values())) for group in groups.values()]
+    rows = []
+    for group in groups.values():
+        rows.append(summarise(list(group.values())))
     print_table(rows)
     save(out / "list.csv", rows)
     print(f"wrote {out / 'list.csv'}")
@@ -940,8 +941,9 @@ def add_options(parser):
         help_text = HELP.get(name, "an option of a method")
         if len(defaults) == 1:
             help_text += f"; default {min(defaults)}"
-        elif defaults:
-            help_text += "; default " + ", ".join(f"{value} ({method})" for value, method in defaults.items())
+        else:
+            for value, method in defaults.items():
+                help_text += f"; default of {method} {value}"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             nargs="+",
