@@ -766,7 +766,7 @@ DRAWN = [
         "shapes",
         partial(read_drawn, where_is_blue, DIRECTIONS, (1000, 400, 1000)),
         settings={"batch_size": 32, "epochs": 40, "weights": "runs/shapes-vit/best.pt", "image_size": SIDE},
-        by_method=adapted(  # searched on validation data
+        by_method=adapted(  # rates: of sa2vp searched with this ViT, of the others with one trained for eight epochs
             {"sa2vp": 3e-3, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}, inner_dim=64, scale=1.0, dropout=0.0
         ),
     ),
