@@ -4,9 +4,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import socket
-import tempfile
+import tarfile
 import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
@@ -16,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
@@ -79,16 +77,10 @@ def default_batch_size(count):
 
 
 def members(names):
-    """Replaces each group of data sets, or of groups, by its members. Raises DataError if a name is a folder, too."""
-    for name in names:
-        # Class folders, or those of a training split. The benchmarks' own folders have neither.
-        is_folder = any(Path(name).glob("*/*.*")) or any(Path(name).glob("[Tt][Rr][Aa][Ii][Nn]*/*/*"))
-        if is_folder and (name in TABLE or name in GROUPS):
-            raise DataError(f"{name} is a known data set and a folder here: write ./{name}, or rename the folder")
+    """Replaces each group of data sets by its members."""
     expanded = []
     for name in names:
-        for subgroup in GROUPS.get(name, [name]):
-            expanded += GROUPS.get(subgroup, [subgroup])
+        expanded += GROUPS.get(name, [name])
     return expanded
 
 
@@ -98,16 +90,16 @@ def load(row, root, search=False):
     With `search`, VTAB-1k has its 800 images for training and 200 for validation, and no test images.
     """
     splits = row.read(row.source, Path(root).expanduser(), search)
-    if not splits.train or not (splits.test or search):
-        raise DataError(f"{row.name} below {root}, which comes from {row.source}, has a split without images")
+    if not splits.test and not search:
+        raise DataError(f"{row.name} below {root} has no test images: get it again from {row.source}")
     return splits
 
 
 def digest(splits):
     """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
-    header = (splits.classes, len(splits.train), len(splits.val), len(splits.test))
+    header = (splits.classes, *map(len, splits[:3]))
     sha = hashlib.sha256(repr(header).encode())
-    with reading("an image that is listed"):
+    with reading("an image that is listed", "; delete the data set's folder if its download was interrupted"):
         for image, label in splits.train + splits.val + splits.test:
             content = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
             sha.update(f"{label} {content}".encode())
@@ -134,8 +126,15 @@ def shorten(names, limit):
 # ---------------------------------------------------------------------- a folder of one's own
 
 # The split that a folder holds, by its name in lower case.
-SPLIT_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLIT_OF.update(dict.fromkeys(["val", "valid", "validation"], "val"))
+SPLIT_OF = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 SYSTEM_FOLDERS = {"#recycle", "#snapshot", "$recycle.bin", "lost+found", "__macosx", "system volume information"}
 
 
@@ -327,7 +326,7 @@ def hold_out(samples, share, ranks=None):
 # ---------------------------------------------------------------------- the benchmarks
 
 
-def read_fgvc(folder, images, lists, source, root, search):
+def read_fgvc(folder, images, archive_folder, lists, source, root, search):
     """Reads one of FGVC's five sets: the folders of its images, and train.json, val.json and test.json as in VPT.
 
     The lists hold {path of an image: class id}. The sorted ids that occur are the labels 0, 1, ...
@@ -335,7 +334,7 @@ def read_fgvc(folder, images, lists, source, root, search):
     folder = root / folder
     paths = {}
     for name in images.split(","):
-        fetch(folder / name, source, partial(unpack, source), f"**/{name}")
+        fetch(folder / name, source, root / archive_folder)
         # By the last two parts, as cars are packed with cars_train/ and cars_test/ once or twice.
         for path in images_below(folder / name)[0]:
             paths[path.parts[-2:]] = path
@@ -344,7 +343,7 @@ def read_fgvc(folder, images, lists, source, root, search):
     for split, samples in listed.items():
         path = folder / f"{split}.json"
         url = f"{FGVC_SPLITS}/{lists}/{split}.json"
-        fetch(path, url, partial(download, url))
+        fetch(path, url, folder)
         with reading(f"the list {path}, which comes from {url}"):
             for name, class_id in json.loads(path.read_bytes()).items():
                 image = paths.get(Path(name).parts[-2:], folder / name)
@@ -360,7 +359,7 @@ def read_fgvc(folder, images, lists, source, root, search):
 
 def read_vtab(task, classes, source, root, search):
     """Reads a task of VTAB-1k as its users packed it: 800 + 200 images to train on, in lists of "path label"."""
-    fetch(root / "vtab-1k", source, partial(unpack, source), "vtab-1k")
+    fetch(root / "vtab-1k", source, root)
     listed = partial(read_list, root / "vtab-1k" / task, source, classes)
     names = [f"class {label}" for label in range(classes)]
     if search:
@@ -381,17 +380,16 @@ def read_list(folder, source, classes, name):
     return samples
 
 
-def read_torchvision(kind, on_disk, classes, source, root, search):
-    """Reads torchvision's data set `kind`, of which `on_disk` is a file or folder below root."""
+def read_torchvision(kind, classes, source, root, search):
+    """Reads torchvision's data set `kind`, which downloads itself."""
     read = getattr(datasets, kind)
     splits = TORCHVISION_SPLITS.get(kind, ("train", "test"))
-    fetch(root / on_disk, source, lambda folder: [read(folder, split, download=True) for split in splits])
     if kind in ("DTD", "Food101"):
         read = partial(read, loader=Path)  # its images are decoded later
     samples = []
     with reading(f"{kind} below {root}, which comes from {source}"):
         for split in splits:
-            images = read(root, split)
+            images = read(root, split, download=True)
             samples.append([(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in images])
     names = getattr(images, "classes", [f"class {label}" for label in range(classes)])
     if len(splits) == 3:
@@ -400,49 +398,30 @@ def read_torchvision(kind, on_disk, classes, source, root, search):
     return Splits(train, val, samples[1], names, "official split, a fifth of train held out for validation")
 
 
-def fetch(path, source, download, inside="*"):
-    """If `path` is missing, calls `download(folder)` with a temporary folder, and moves `inside` of it to `path`.
+# Before Python 3.14 a tar archive may write outside the folder in which it is unpacked, unless this is set.
+tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
 
-    Files move when all are there, in the order of their names. If another process was faster, its files are used.
+
+def fetch(path, source, folder):
+    """Downloads `source` to a folder, and unpacks it there if it is an archive, unless `path` is there already.
+
     Raises DataError that says where to get `path` and where to put it.
     """
     if os.path.exists(path):
         return
-    why = "it is not in the archive"
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # seconds without any data, after which a server counts as gone
+    md5 = CHECKSUMS.get("/".join(source.split("/")[-2:]))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-            download(folder)
-            for made in sorted(Path(folder).glob(inside)):
-                made.replace(path.parent / made.name)
+        if source.endswith(".json"):
+            datasets.utils.download_url(source, folder, md5=md5)
+        elif source.endswith((".tgz", ".tar", ".zip")):
+            datasets.utils.download_and_extract_archive(source, folder, md5=md5)
+        else:
+            raise ValueError("it has no direct link")
     except Exception as error:  # the network's, the archive's, the checksum's, the disk's
-        why = error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    if not os.path.exists(path):
-        raise DataError(f"{path} is missing and cannot be downloaded ({why}): get it from {source} and put it there")
-
-
-def unpack(source, folder):
-    """Downloads an archive into a folder and unpacks it there, and nothing outside."""
-    if not source.endswith((".tgz", ".tar", ".zip")):
-        raise DataError("it has no direct link")
-    archive = download(source, folder)
-    shutil.unpack_archive(archive, folder, **{} if archive.suffix == ".zip" else {"filter": "data"})
-
-
-def download(url, folder):
-    """Downloads a file into a folder. Returns its path. Raises DataError if its checksum is known and differs."""
-    datasets.utils.download_url(url, folder)
-    path = Path(folder, Path(url).name)
-    expected = CHECKSUMS.get("/".join(Path(url).parts[-2:]))
-    if expected:
-        algorithm = {32: "md5", 64: "sha256"}[len(expected)]
-        if hashlib.new(algorithm, np.memmap(path)).hexdigest() != expected:
-            raise DataError(f"its {algorithm} is not {expected}")
-    return path
+        if os.path.isfile(path):
+            os.remove(path)  # its checksum is wrong
+        why = f"{path} is missing and cannot be downloaded ({error})"
+        raise DataError(f"{why}: get it from {source} and put it there") from None
 
 
 # ---------------------------------------------------------------------- images drawn by the program
@@ -509,8 +488,8 @@ def transform(kind, image_size, mean, std, training=False):
         image_size: (height, width) in pixels.
         mean, std: of each channel, for values in [0, 1].
     """
-    if kind not in ("crop-flip", "crop", "resize"):
-        raise DataError(f"there is no transform {kind!r}: use crop-flip, crop or resize")
+    if kind not in TRANSFORMS:
+        raise DataError(f"there is no transform {kind!r}: use {', '.join(TRANSFORMS)}")
     if kind == "resize":
         steps = [transforms.Resize(image_size)]
     else:
@@ -542,14 +521,9 @@ def open_picture(image):
 @contextmanager
 def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded. DataError names a file that cannot be read."""
-    if not os.path.isfile(path):
-        raise DataError(f"there is no image file {path}")
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
     with reading(f"the image {path}", "; convert it to JPEG or PNG, or remove it"), open(path, "rb") as file:
-        try:
-            picture = Image.open(file)
-        except UnidentifiedImageError:
-            raise ValueError("it is damaged or of another format") from None
+        picture = Image.open(file)
         check_pixels(picture)
         yield picture
 
@@ -610,10 +584,7 @@ def unreadable(images):
 
 
 class Images(Dataset):
-    """Item (index, seed) is (image, label): a (3, height, width) tensor, cropped and flipped as the seed draws.
-
-    The label of an unlabelled sample, (image, None), is -1.
-    """
+    """Item (index, seed) is (image, label): a (3, height, width) tensor, cropped and flipped as the seed draws."""
 
     def __init__(self, samples, preprocess):
         self.samples = samples
@@ -626,7 +597,7 @@ class Images(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             pixels = self.preprocess(open_picture(image))
-        return pixels, -1 if label is None else label
+        return pixels, label
 
 
 class Shuffled:
@@ -657,8 +628,6 @@ def make_loader(samples, preprocessing, batch_size, workers, shuffle_seed=None):
     if training and len(samples) < batch_size:
         raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: lower --batch-size")
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
-    if not samples:
-        workers = 0
     return DataLoader(
         Images(samples, transform(**preprocessing, training=training)),
         batch_size,
@@ -689,12 +658,12 @@ def read_rows(text):
 
 FGVC_SPLITS = "https://raw.githubusercontent.com/savadikarc/gift/f0cb80cb4db413ecd108dd7e74fef27105eb6b97/data"
 FGVC = """
-    cub      CUB_200_2011   images                cub            16  0.1
-    nabirds  nabirds        images                nabirds        32  0.1
-    flowers  flowers-102    jpg                   oxfordflowers   8  0.1
-    dogs     dogs           Images                stanforddogs   32  0.1
-    cars     stanford_cars  cars_train,cars_test  stanfordcars   64  1.5
-"""  # name, folder below root, folders of its images, folder of its lists at FGVC_SPLITS, inner_dim, scale
+    cub      CUB_200_2011   images                .            cub            16  0.1
+    nabirds  nabirds        images                -            nabirds        32  0.1
+    flowers  flowers-102    jpg                   flowers-102  oxfordflowers   8  0.1
+    dogs     dogs           Images                dogs         stanforddogs   32  0.1
+    cars     stanford_cars  cars_train,cars_test  -            stanfordcars   64  1.5
+"""  # name; below root its folder, in there those of its images, where to unpack; its lists; inner_dim, scale
 FGVC_SOURCES = """
     cub      https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz
     nabirds  https://dl.allaboutbirds.org/nabirds
@@ -705,7 +674,6 @@ FGVC_SOURCES = """
 CHECKSUM_ROWS = """
     files/CUB_200_2011.tgz    97eceeb196236b17998738112f37df78
     102/102flowers.tgz        52808999861908f626f3c1f4e79d11fa
-    ImageNetDogs/images.tar   a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58
     cub/train.json            8aedcb810c68c7410607a6801bc131d8
     cub/val.json              ccbb8956711c47a59caff813075c9fe6
     cub/test.json             5f3c7af28e087ba27079ddc6a4e7846e
@@ -721,43 +689,43 @@ CHECKSUM_ROWS = """
     stanfordcars/train.json   bde33e7dba5c6885bd4bbe44b49c036c
     stanfordcars/val.json     db39ee040d9d38f7d929508f0b4cedb7
     stanfordcars/test.json    8a5e55b4d0d7bde3551fa80a0f5505d7
-"""  # the end of a file's address, its MD5 or SHA-256
+"""  # the end of a file's address, its MD5
 CHECKSUMS = dict(read_rows(CHECKSUM_ROWS))
 TORCHVISION = """
-    cifar10   CIFAR10   cifar-10-batches-py   0  https://www.cs.toronto.edu/~kriz/cifar.html
-    cifar100  CIFAR100  cifar-100-python      0  https://www.cs.toronto.edu/~kriz/cifar.html
-    dtd       DTD       dtd                   0  https://www.robots.ox.ac.uk/~vgg/data/dtd
-    food101   Food101   food-101              0  http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz
-    gtsrb     GTSRB     gtsrb                43  https://benchmark.ini.rub.de/gtsrb_dataset.html
-    svhn      SVHN      train_32x32.mat      10  http://ufldl.stanford.edu/housenumbers
-"""  # name, class in torchvision, what it makes below root, number of classes where it names none, source
+    cifar10   CIFAR10    0  https://www.cs.toronto.edu/~kriz/cifar.html
+    cifar100  CIFAR100   0  https://www.cs.toronto.edu/~kriz/cifar.html
+    dtd       DTD        0  https://www.robots.ox.ac.uk/~vgg/data/dtd
+    food101   Food101    0  http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz
+    gtsrb     GTSRB     43  https://benchmark.ini.rub.de/gtsrb_dataset.html
+    svhn      SVHN      10  http://ufldl.stanford.edu/housenumbers
+"""  # name, class in torchvision, number of classes where it names none, source
 TORCHVISION_SPLITS = {"CIFAR10": (True, False), "CIFAR100": (True, False), "DTD": ("train", "val", "test")}
 VTAB_1K = "https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip"
-VTAB = {  # group: a table of tasks, number of classes, inner_dim and scale
+VTAB = {  # group: a table of tasks, number of classes, inner_dim, scale, batch size and learning rate of SA2VP
     "vtab/natural": """
-        caltech101                102    8  0.1
-        cifar                     100    8  0.1
-        dtd                        47    8  0.1
-        oxford_flowers102         102    8  0.1
-        oxford_iiit_pet            37    8  0.1
-        svhn                       10   16  0.5
-        sun397                    397    8  0.1
+        caltech101                102    8  0.1  64  1e-3
+        cifar                     100    8  0.1  64  1e-3
+        dtd                        47    8  0.1  64  1e-3
+        oxford_flowers102         102    8  0.1  64  1e-3
+        oxford_iiit_pet            37    8  0.1  64  5e-4
+        svhn                       10   16  0.5  64  1e-3
+        sun397                    397    8  0.1  64  1e-3
     """,
     "vtab/specialized": """
-        patch_camelyon              2   16  1.5
-        eurosat                    10   16  1.5
-        resisc45                   45   16  0.5
-        diabetic_retinopathy        5   16  1.5
+        patch_camelyon              2   16  1.5  40  1e-3
+        eurosat                    10   16  1.5  40  1e-3
+        resisc45                   45   16  0.5  40  1e-3
+        diabetic_retinopathy        5   16  1.5  40  1e-3
     """,
     "vtab/structured": """
-        clevr_count                 8   32  1.5
-        clevr_dist                  6   32  1.5
-        dmlab                       6   32  1.5
-        kitti                       4   32  1.5
-        dsprites_loc               16   32  1.5
-        dsprites_ori               16   16  0.1
-        smallnorb_azi              18   32  1.5
-        smallnorb_ele               9   32  0.5
+        clevr_count                 8   32  1.5  40  5e-4
+        clevr_dist                  6   32  1.5  40  1e-3
+        dmlab                       6   32  1.5  40  1e-3
+        kitti                       4   32  1.5  40  1e-3
+        dsprites_loc               16   32  1.5  40  1e-3
+        dsprites_ori               16   16  0.1  40  1e-3
+        smallnorb_azi              18   32  1.5  40  1e-3
+        smallnorb_ele               9   32  0.5  40  1e-3
     """,
 }
 # Rows of no group: images drawn by the program. Other data sets can be added here.
@@ -779,31 +747,28 @@ DRAWN = [
 
 
 def make_table():
-    """Returns ({name: row}, {group: names of its data sets or groups}), both in the paper's order."""
+    """Returns ({name: row}, {group: names of its data sets}), both in the paper's order."""
     rows = []
-    groups = {"fgvc": []}
-    for name, folder, images, lists, inner_dim, scale in read_rows(FGVC):
+    groups = {"fgvc": [], "vtab": []}
+    for name, folder, images, archive_folder, lists, inner_dim, scale in read_rows(FGVC):
         groups["fgvc"].append(name)
-        read = partial(read_fgvc, folder, images, lists)
+        read = partial(read_fgvc, folder, images, archive_folder, lists)
         by_method = adapted(inner_dim=int(inner_dim), scale=float(scale))
         rows.append(DataSet(name, read, dict(read_rows(FGVC_SOURCES))[name], {"transform": "crop-flip"}, by_method))
     rows[-1].by_method["sa2vp"]["fusion_layers"] = (4,)  # cars
     full_size = [row._replace(settings={}) for row in rows[:-1]]  # without cars
-    for name, kind, on_disk, classes, source in read_rows(TORCHVISION):
-        full_size.append(DataSet(name, partial(read_torchvision, kind, on_disk, int(classes)), source))
+    for name, kind, classes, source in read_rows(TORCHVISION):
+        full_size.append(DataSet(name, partial(read_torchvision, kind, int(classes)), source))
     for group, tasks in VTAB.items():
         groups[group] = []
-        for task, classes, inner_dim, scale in read_rows(tasks):
+        for task, classes, inner_dim, scale, batch_size, lr in read_rows(tasks):
             groups[group].append(f"vtab/{task}")
+            groups["vtab"].append(f"vtab/{task}")
             read = partial(read_vtab, task, int(classes))
-            settings = {"keep": "last"}  # VTAB-1k's protocol: no image is left for validation
-            if group != "vtab/natural":
-                settings["batch_size"] = 40
-            by_method = adapted(inner_dim=int(inner_dim), scale=float(scale))
-            if task in ("oxford_iiit_pet", "clevr_count"):
-                by_method["sa2vp"]["lr"] = 5e-4
+            # VTAB-1k's protocol keeps the last epoch: no image is left for validation.
+            settings = {"keep": "last", "batch_size": int(batch_size)}
+            by_method = adapted({"sa2vp": float(lr)}, inner_dim=int(inner_dim), scale=float(scale))
             rows.append(DataSet(f"vtab/{task}", read, VTAB_1K, settings, by_method))
-    groups["vtab"] = list(VTAB)  # its mean is that of its three groups
     groups["hta"] = []
     for row in full_size:
         groups["hta"].append(f"hta/{row.name}")

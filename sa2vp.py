@@ -20,7 +20,6 @@ dimension of the prompt maps and adapters. N(t) is the aligned neighbourhood of 
 `*` is the element-wise product. During training, dropout also acts on B_0, on P_0 and in the MLPs of T_i.
 """
 
-import copy
 import inspect
 import math
 from pathlib import Path
@@ -28,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vit import InputError, fingerprint, interpolate_positions, is_file, load_tensors, load_vit, read_file
+from vit import InputError, fingerprint, interpolate_positions, load_tensors, load_vit, read_file
 
 
 class FullPrecisionLinear(nn.Linear):
@@ -354,45 +353,6 @@ def build(vit, num_classes, settings):
     return METHODS[method](vit, num_classes, **chosen)
 
 
-# ---------------------------------------------------------------------- looking inside
-
-
-@torch.no_grad()
-def class_attention(model, images):
-    """What the class token attends to in the last layer's self attention: (batch, 3, height, width) -> (batch, h, w).
-
-    The mean over the heads; of SA2VP, in the base pathway. `model` is a method or a bare VisionTransformer, in
-    evaluation mode. The values sum to 1 minus the class token's attention to itself and to VPT's prompts.
-    """
-    # In a copy the hook disturbs no other thread, and is called even if the model is compiled.
-    model = copy.deepcopy(getattr(model, "_orig_mod", model))
-    vit = getattr(model, "vit", model)
-    last = vit.blocks[-1]
-    tokens = []
-    last.norm1.register_forward_hook(lambda module, inputs, output: tokens.append(output))
-    model(images)
-    q, k, _ = last.attn.project(tokens[0])  # the base pathway goes through a layer before the prompts do
-    attention = (q[:, :, :1] @ k.mT / q.size(-1) ** 0.5).softmax(-1)  # (batch, heads, 1, tokens)
-    patches = attention.mean(1)[:, 0, 1 : vit.pos_embed.size(1)]  # (batch, N)
-    return patches.unflatten(1, vit.grid)
-
-
-@torch.no_grad()
-def prompting_strength(model, images):
-    """How much the prompts of an SA2VP change each image token: (batch, 3, height, width) -> (batch, h, w).
-
-    The norm of B_{i+1} - T_i(B_i), summed over all layers but the last. `model` is in evaluation mode.
-    """
-    base = model.vit.embed(images)
-    prompt = model.embed_prompts()
-    strength = torch.zeros_like(base[:, 1:, 0])  # (batch, N)
-    for layer, interaction in zip(model.vit.blocks[:-1], model.interactions):
-        unprompted = layer(base)
-        base, prompt = interaction(layer, base, prompt)
-        strength += (base - unprompted)[:, 1:].norm(dim=-1)
-    return strength.unflatten(1, model.vit.grid)
-
-
 # ---------------------------------------------------------------------- files
 
 VERSION = 2  # of best.pt, last.pt and result.json
@@ -454,8 +414,7 @@ def load(path, weights=None):
     """Reads a tuned model, best.pt or its folder: (model in evaluation mode, meta). InputError if it does not fit.
 
     meta is the rest of the file: `classes` (names), `input` (arguments of data.transform), `settings` and more. The
-    backbone's file is `weights`, else the run's, else the file of that name beside best.pt. With full fine-tuning the
-    backbone is in best.pt.
+    backbone's file is `weights`, by default that of the run. With full fine-tuning the backbone is in best.pt.
     """
     path = Path(path)
     if path.is_dir():
@@ -474,11 +433,7 @@ def load_backbone(path, meta, weights=None):
     """The backbone of the checkpoint in `path`, whose content is `meta`. InputError if the weights are others."""
     if meta["settings"]["method"] == "full":
         return load_vit(path, **meta["backbone"])
-    if weights is None:
-        weights = meta["settings"]["weights"]
-        beside = path.with_name(Path(weights).name)
-        if is_file(beside) and beside != path and not is_file(weights):
-            weights = beside
+    weights = weights or meta["settings"]["weights"]
     vit = load_vit(weights, **meta["backbone"])
     if fingerprint(vit) != meta["fingerprint"]:
         raise InputError(f"it was tuned on another backbone than {weights}: give --weights (weights=)")

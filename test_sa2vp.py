@@ -534,60 +534,6 @@ def test_a_model_is_exported_for_batches_of_any_size(method):
         torch.testing.assert_close(exported(images), model(images))
 
 
-@torch.inference_mode()
-def test_the_attention_that_is_shown_is_the_base_pathways_in_the_last_layer():
-    model = small_model()
-    images = noise_images()
-    tokens = []
-    last = model.vit.blocks[-1]
-    reference = torch.nn.MultiheadAttention(16, 2, batch_first=True, dtype=torch.double)
-    reference.in_proj_weight, reference.in_proj_bias = last.attn.qkv.weight, last.attn.qkv.bias
-    for network, layer, base in ((model, model.interactions[-1], 1), (model.vit, last, 0)):
-        with layer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[base])):
-            network(images)
-        x = last.norm1(tokens.pop())
-        attention = sa2vp.class_attention(network, images)
-
-        torch.testing.assert_close(attention, reference(x, x, x)[1][:, 0, 1:].view(2, 3, 4))
-
-
-def test_the_attention_of_a_compiled_model_is_that_of_the_model():
-    model = small_model()
-    images = noise_images()
-    expected = sa2vp.class_attention(model, images)
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager")
-    compiled(images)
-    attention = sa2vp.class_attention(compiled, images)
-
-    torch.testing.assert_close(attention, expected)
-    attention *= 0  # may be changed in place
-
-
-def test_threads_with_the_same_model_get_the_attention_of_their_own_images():
-    model = small_model()
-    batches = [noise_images() for _ in range(8)]
-    expected = [sa2vp.class_attention(model, images) for images in batches]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        attentions = list(pool.map(functools.partial(sa2vp.class_attention, model), batches))
-
-    torch.testing.assert_close(attentions, expected)
-    assert not any(module._forward_hooks for module in model.modules())  # none stays
-
-
-@pytest.mark.parametrize("distill_layers", [(0, 4), (1,), range(5)])
-def test_the_prompting_strength_is_the_norm_of_the_messages_to_each_image_token(distill_layers):
-    model = small_model(distill_layers=distill_layers)
-    messages = []
-    for i, interaction in enumerate(model.interactions[:-1]):  # the last layer's image tokens go nowhere
-        if i not in distill_layers:
-            interaction.adapter.register_forward_hook(lambda _, inputs, message: messages.append(0.5 * message[:, 1:]))
-    strength = sa2vp.prompting_strength(model, noise_images())
-
-    norms = [message.norm(dim=-1) for message in messages]
-    torch.testing.assert_close(strength, sum(norms, torch.zeros(2, 12)).view(2, 3, 4).double())
-
-
 # ---------------------------------------------------------------------- the backbone and its weights
 
 STATE = small_vit().state_dict()
@@ -802,10 +748,10 @@ def test_the_configuration_of_another_model_is_ignored_and_that_is_noted(beside,
 WRONG_CONFIGS = [  # and the key that the sentence names
     *(({"num_attention_heads": heads}, "num_attention_heads") for heads in ([4], "6x", -2, 0, True, 2.0)),
     *(({"hidden_act": name}, f"hidden_act is {name}") for name in ("quick_gelu", "gelu_new")),
-    *(({"mean": mean, "std": [0.5] * 3}, "mean") for mean in (0.5, [0.5] * 2, [0.5] * 4, ["0.5"] * 3, None, "abc")),
+    *(({"mean": mean, "std": [0.5] * 3}, "mean") for mean in (0.5, [0.5] * 2, [0.5] * 4, None, "abc")),
     ({"mean": [0.5] * 2, "std": [0.5] * 4}, "mean"), ({"mean": 0.5, "std": 0.5}, "mean"),
-    ({"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0]}, "image_std"),
-    ({"pretrained_cfg": [1]}, "pretrained_cfg"), ([1], "config.json"), ("{", "config.json"),
+    ({"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0]}, "std > 0"),
+    ({"pretrained_cfg": [1]}, "mapping"), ([1], "config.json"), ("{", "config.json"),
 ]  # fmt: skip
 
 
@@ -826,7 +772,7 @@ def test_a_normalization_is_a_name_or_six_numbers():
     assert vit.VisionTransformer(32, 16, 16, 1, 2, normalize=[0.5] * 6).normalize == "half"
 
 
-@pytest.mark.parametrize("normalize", ["nothing", "", None, 0.5, [], [0.5] * 5, [0.5] * 7, ["0.5"] * 6, [True] * 6,
+@pytest.mark.parametrize("normalize", ["nothing", "", None, 0.5, [], [0.5] * 5, [0.5] * 7, {"mean": 0.5},
                                        [0.5] * 5 + [0], [math.nan] + [0.5] * 5, [0.5] * 5 + [math.inf]])  # fmt: skip
 def test_any_other_normalization_is_refused(normalize):
     with pytest.raises(vit.InputError, match="six numbers"):
@@ -860,7 +806,7 @@ def test_a_file_that_ends_too_early_is_to_be_deleted(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", [
-    WHOLE.replace(b"F32", b"F64"), WHOLE.replace(b"[8, 20]", b"[4, 16]"), WHOLE.replace(b"[3]", b"[4]"),
+    WHOLE.replace(b"F32", b"F64"), WHOLE.replace(b"[3]", b"[4]"),
     torch.nn.Linear(2, 2), torch.ones(3), file_content(torch.ones(3), _use_new_zipfile_serialization=False),
     b'{"metadata": {"total_size": 9}, "weight_map": {}}', b"model.safetensors".ljust(999, b"\0"), b"<!DOCTYPE html><a>",
 ])  # fmt: skip
@@ -926,49 +872,24 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("end, digits", [(None, "00000000"), (-99, None)])
-def test_a_damaged_download_is_not_kept_and_says_what_to_do(server, files, cache, monkeypatch, end, digits):
-    write(server.folder, {"tiny.pth": (files / "vit.pth").read_bytes()[:end]})
-    monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", digits, "half"))
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(server, cache, monkeypatch):
+    monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/absent.pth", "half"))
     with pytest.raises(vit.InputError) as refused:
         vit.load_vit("deit-tiny")
 
     assert f"save it as deit-tiny.pth in {cache}/checkpoints, or give --weights PATH" in str(refused.value)
-    assert os.listdir(cache / "checkpoints") == [] and socket.getdefaulttimeout() is None
+    assert os.listdir(cache / "checkpoints") == []
 
 
 def test_weights_by_name_are_downloaded_once(server, files, cache, monkeypatch):
-    content = (files / "vit.pth").read_bytes()
-    write(server.folder, {"tiny.pth": content})
-    digits = hashlib.sha256(content).hexdigest()[:8]
-    monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", digits, "half"))
+    write(server.folder, {"tiny.pth": (files / "vit.pth").read_bytes()})
+    monkeypatch.setitem(vit.BACKBONES, "deit-tiny", (f"{server.url}/tiny.pth", "half"))
     vit.load_vit("deit-tiny")
     (server.folder / "tiny.pth").unlink()
     loaded = vit.load_vit("deit-tiny")
 
     assert (loaded.dim, loaded.normalize, loaded.notes) == (64, "half", [])
     assert os.listdir(cache / "checkpoints") == ["deit-tiny.pth"]
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, None])
-def test_two_downloads_at_once_do_not_disturb_one_another(files, cache, monkeypatch, error):
-    places = []
-    def fetch(url, place, sha256):
-        places.append(Path(place))
-        shutil.copy(files / "vit.pth", place)
-        assert socket.getdefaulttimeout() == 60
-        if len(places) == 1:
-            vit.download("deit-tiny")  # as another process would, in the meantime
-            if error:
-                raise error
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    if error is KeyboardInterrupt:
-        with pytest.raises(KeyboardInterrupt):
-            vit.download("deit-tiny")
-    else:
-        assert vit.download("deit-tiny") == cache / "checkpoints/deit-tiny.pth"
-
-    assert len(set(places)) == 2 and os.listdir(cache / "checkpoints") == ["deit-tiny.pth"]
 
 
 # ---------------------------------------------------------------------- training
@@ -1012,11 +933,11 @@ def method_run(request, files, tmp_path_factory):
     return out, models[0]
 
 
-def test_a_run_leaves_four_files_with_the_columns_of_metrics_by_name(method_run):
+def test_a_run_leaves_five_files_with_the_columns_of_metrics_by_name(method_run):
     out, _ = method_run
 
     rows = read_table(out / "metrics.csv")
-    assert sorted(os.listdir(out)) == ["best.pt", "last.pt", "metrics.csv", "result.json"]
+    assert sorted(os.listdir(out)) == ["best.pt", "last.pt", "metrics.csv", "result.json", "settings.json"]
     assert list(rows[0]) == ["epoch", "loss", "lr", "val_accuracy", "val_prompt_accuracy", "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2"]
 
@@ -1192,9 +1113,9 @@ def test_a_gpu_without_bfloat16_in_hardware_takes_float16_and_a_broken_one_is_no
     assert torch.backends.cuda.cudnn_sdp_enabled() == (not works)
 
 
-@pytest.mark.parametrize("cpus, workers", [(48, 16), (3, 3)])
-def test_workers_are_the_cpus_of_this_process(monkeypatch, cpus, workers):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+@pytest.mark.parametrize("cores, workers", [(48, 16), (3, 3)])
+def test_workers_are_the_cores_that_pytorch_uses(monkeypatch, cores, workers):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     assert choose_machine().workers == workers
 
 
@@ -1398,7 +1319,7 @@ def test_a_damaged_test_image_of_a_folder_is_named_before_the_first_epoch(workpl
     with pytest.raises(vit.InputError, match="1 test images cannot be read: cannot read the image .*bee/0.png"):
         train.fit(settings_of(workplace), Path("run"), CPU)
 
-    assert "epoch" not in capsys.readouterr().out.replace("epochs=", "") and not os.listdir("run")
+    assert "epoch" not in capsys.readouterr().out.replace("epochs=", "") and not Path("run").exists()
 
 
 def test_metrics_that_cannot_be_replaced_are_a_warning(workplace, finished, capsys):
@@ -1535,9 +1456,9 @@ def test_every_layout_is_read(tmp_path, copies, layout):
       for content in ("[]", "{", '{"0/1.jpg": null}', '{"0/1.jpg": "ant"}', b"\xff")),
     *(("vtab/clevr_count", {"test.txt": f"0.jpg 1\n{line}\n"}, "clevr_count/test.txt, .* a label below 8: .*")
       for line in ("images/1.jpg", "images/1.jpg,1", "images/1.jpg one", "images/1.jpg 8", "1.jpg -1")),
-    ("vtab/clevr_count", {"test.txt": ""}, "vtab/clevr_count below .* has a split without images"),
+    ("vtab/clevr_count", {"test.txt": ""}, "vtab/clevr_count below {root} has no test images: .*{source}"),
     ("vtab/clevr_count", {"test.txt": None}, "clevr_count/test.txt, which comes from https://huggingface.co"),
-    ("hta/dtd", {"labels/test1.txt": ""}, "hta/dtd below {root}, which comes from {source}"),
+    ("hta/dtd", {"labels/test1.txt": ""}, "hta/dtd below {root} has no test images"),
 ])  # fmt: skip
 def test_what_is_missing_or_damaged_is_named_with_where_it_comes_from_and_belongs(tmp_path, name, changed, says):
     folder = Path(tmp_path, {"cub": "CUB_200_2011", "hta/dtd": "dtd/dtd"}.get(name, VTAB))
@@ -1569,17 +1490,20 @@ def packed(server, monkeypatch, tmp_path):
     return data.find("cub")._replace(source=f"{server.url}/files/{archive.name}")
 
 
-def test_a_download_is_unpacked_and_the_rest_of_the_archive_is_not_kept(packed, tmp_path):
-    assert sizes(data.load(packed, tmp_path / "root")) == [16, 4, 8]
-    assert sorted(os.listdir(tmp_path / "root/CUB_200_2011")) == ["images", "test.json", "train.json", "val.json"]
+def test_a_data_set_is_downloaded_and_unpacked_once(packed, server, tmp_path):
+    assert sizes(data.load(packed, tmp_path)) == [16, 4, 8]
+    shutil.rmtree(server.folder)
+    assert sizes(data.load(packed, tmp_path)) == [16, 4, 8]
 
 
-@pytest.mark.parametrize("name, kept", [("files/CUB_200_2011.tgz", []), ("cub/val.json", ["images", "train.json"])])
-def test_a_download_of_another_checksum_is_not_kept(packed, monkeypatch, tmp_path, name, kept):
+@pytest.mark.parametrize("name", ["files/CUB_200_2011.tgz", "cub/val.json"])
+def test_a_download_of_another_checksum_is_not_used(packed, monkeypatch, tmp_path, name):
+    right = data.CHECKSUMS[name]
     monkeypatch.setitem(data.CHECKSUMS, name, "97eceeb196236b17998738112f37df78")
-    with pytest.raises(data.DataError, match="cannot be downloaded .*its md5 is not 97ec.*: get it from .* put it"):
-        data.load(packed, tmp_path / "root")
-    assert sorted(os.listdir(tmp_path / "root/CUB_200_2011")) == kept
+    with pytest.raises(data.DataError, match="cannot be downloaded .*: get it from .* put it there"):
+        data.load(packed, tmp_path)
+    monkeypatch.setitem(data.CHECKSUMS, name, right)
+    assert sizes(data.load(packed, tmp_path)) == [16, 4, 8]
 
 
 @pytest.mark.parametrize("member, kind", [("../out", "0"), ("link", "2"), ("", None)])
@@ -1595,23 +1519,10 @@ def test_no_archive_writes_outside_its_folder(server, tmp_path, member, kind):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("../../out", "")
             archive.writestr(f"{tmp_path}/out", "")
-    with pytest.raises(data.DataError, match="cannot be downloaded .*outside" if kind else "is not in the archive"):
-        unpack = functools.partial(data.unpack, f"{server.url}/{path.name}")
-        data.fetch(tmp_path / "root/images", "source", unpack, "images")
+    with pytest.raises(data.DataError, match="outside") if kind else contextlib.nullcontext():
+        data.fetch(tmp_path / "root/birds/images", f"{server.url}/{path.name}", tmp_path / "root/birds")
 
-    assert not (tmp_path / "out").exists() and not os.listdir(tmp_path / "root")
-
-
-@pytest.mark.parametrize("error", [None, OSError, KeyboardInterrupt])
-def test_of_two_first_downloads_the_slower_uses_what_the_faster_brought_however_it_ends(tmp_path, error):
-    def slower(folder):
-        data.fetch(tmp_path / "images", "source", lambda other: write(Path(other), {"images/1.png": "faster"}))
-        write(Path(folder), {"images/1.png": "slower"})
-        if error:
-            raise error
-    with pytest.raises(error) if error is KeyboardInterrupt else contextlib.nullcontext():
-        data.fetch(tmp_path / "images", "source", slower)
-    assert os.listdir(tmp_path) == ["images"] and (tmp_path / "images/1.png").read_text() == "faster"
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_has_the_papers_settings():
@@ -1624,16 +1535,17 @@ def test_the_table_has_the_papers_settings():
     ]
     expected = zip(*(column.split() for column in columns))
     for row, (name, inner_dim, scale) in zip(list(data.TABLE.values())[:34], expected, strict=True):
-        (group,) = (group for group, members in data.GROUPS.items() if row.name in members)
+        group = [group for group, members in data.GROUPS.items() if row.name in members][0]
         assert row.name.split("/")[-1] == name
         for method in ("sa2vp", "adapter"):
             options = {"inner_dim": 16, "scale": 0.1} | row.by_method.get(method, {})
-            rate = {"lr": 5e-4} if method == "sa2vp" and name in ("oxford_iiit_pet", "clevr_count") else {}
+            slow = name in ("oxford_iiit_pet", "clevr_count")
+            rate = {"lr": 5e-4 if slow else 1e-3} if method == "sa2vp" and "vtab" in group else {}
             layers = {"fusion_layers": (4,)} if method == "sa2vp" and name == "cars" else {}
             assert options == {"inner_dim": int(inner_dim), "scale": float(scale)} | rate | layers, row.name
-        settings = {"keep": "last"} if group.startswith("vtab/") else {}
+        settings = {"keep": "last", "batch_size": 40} if "vtab" in group else {}
+        settings |= {"batch_size": 64} if row.name in data.GROUPS["vtab/natural"] else {}
         settings |= {"transform": "crop-flip"} if group == "fgvc" else {}
-        settings |= {"batch_size": 40} if group in ("vtab/specialized", "vtab/structured") else {}
         assert row.settings == settings, row.name
         assert set(row.by_method) <= {"sa2vp", "adapter"}
 
@@ -1655,18 +1567,6 @@ def test_a_folder_has_settings_for_few_images_and_is_not_opened(tmp_path):
     assert row.settings == {"batch_size": None, "epochs": 20, "transform": "crop-flip"}
     assert (row.name, row.source) == ("me/pets", str(tmp_path / "me/pets"))
     assert [data.default_batch_size(count) for count in (20, 200, 5000)] == [4, 12, 64]
-
-
-@pytest.mark.parametrize("name, place", [
-    ("flowers", "train/ant/1.png"), ("dogs", "Training/chow/1.png"), ("vtab", "cat/1.JPG"),
-])  # fmt: skip
-def test_a_name_of_both_a_benchmark_and_a_folder_is_refused_with_the_way_out(tmp_path, monkeypatch, name, place):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / name, {place: ""})
-
-    with pytest.raises(data.DataError, match=f"write ./{name}"):
-        data.members(["shapes", name])
-    assert data.members([f"./{name}"]) == [f"./{name}"]
 
 
 def test_a_folder_is_named_by_the_last_two_parts_of_its_path_as_it_was_written(tmp_path, monkeypatch):
@@ -2047,7 +1947,7 @@ def test_a_seed_that_fails_leaves_the_mean_of_the_others(workplace, capsys):
     (row,) = read_table(Path("runs/list.csv"))
     accuracies = [read_json(path)["accuracy"] for path in Path("runs").glob("*/result.json")]
     assert (row["seeds"], float(row["test"])) == ("2", np.mean(accuracies))
-    assert f"{name} failed: cannot write to" in capsys.readouterr().err
+    assert f"{name} failed: cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failures, code", [([vit.InputError(), OSError(), None], 1), ([vit.InputError()], 2)])
@@ -2102,7 +2002,7 @@ def test_a_search_says_how_many_combinations_failed(workplace, capsys):
     printed = capsys.readouterr()
     assert "2 of 3 combinations failed" in printed.out and "lr 0.001, with validation accuracy" in printed.out
     assert printed.err.count("failed: the loss is not finite in epoch 1") == 2
-    assert not list(Path("runs").glob("*lr1e+30*/*"))
+    assert not list(Path("runs").glob("*lr1e+30*/last.pt"))
 
 
 def test_each_method_of_a_search_has_just_its_own_options(workplace):
@@ -2220,17 +2120,6 @@ def test_eval_has_the_accuracy_of_the_run_for_every_method(method_run, new_metho
         assert f"{share:.2f} %  {name}, 4 images\n" in printed
 
 
-def test_show_draws_a_row_for_each_image_with_something_in_every_tile(method_run, new_method, workplace):
-    out = shutil.copytree(method_run[0], Path("run"))
-    assert exit_code("--eval", out, "--show", 3, "--cpu", "--workers", 0) == 0
-
-    page = np.asarray(Image.open(out / "show.png"))
-    columns = page.shape[1] // 202
-    assert columns == 4 if isinstance(method_run[1], sa2vp.SA2VP) else columns in (2, 3)
-    tiles = page[2:, 2:].reshape(3, 202, columns, 202, 3)[:, :-2, :, :-2]
-    assert tiles.std(axis=(1, 3, 4)).all()
-
-
 def test_eval_finds_the_runs_images_in_another_folder(finished, workplace):
     (workplace / "insects").rename(workplace / "moved")
     assert exit_code("--eval", finished, "--data", "../moved", "--out", "report", "--cpu", "--workers", 0) == 0
@@ -2275,7 +2164,7 @@ def test_predict_names_unreadable_images_classifies_the_others_and_exits_with_2(
     assert [row["file"] for row in read_table(Path("report/predictions.csv"))] == ["new/good.png"]
     printed = capsys.readouterr().out
     assert "3 images, 2 of them unreadable" in printed
-    assert "the image new/damaged.jpg" in printed and "no image file absent.jpg" in printed
+    assert "the image new/damaged.jpg" in printed and "the image absent.jpg" in printed
 
 
 @pytest.mark.parametrize("paths, says", [([], "no image"), (["empty"], "no image in empty"), (["x.jpg"], "no image")])
@@ -2292,13 +2181,12 @@ def test_a_checkpoint_has_its_own_sizes_and_transforms(workplace):
     assert meta["input"] == {"kind": "crop-flip", "image_size": (96, 96), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
-def test_a_tuned_model_is_loaded_with_weights_where_they_were_beside_it_or_given(workplace):
+def test_a_tuned_model_is_loaded_with_weights_where_they_were_or_given(workplace):
     out = train_run()
-    weights = workplace / "vit.pth"
-    for place, given in ((weights, None), (out / "vit.pth", None), (Path("other.pth"), "other.pth")):
-        weights = weights.rename(place)
+    for given in (None, "other.pth"):
         for path in (out, str(out / "best.pt")):
             sa2vp.load(path, weights=given)
+        shutil.move(workplace / "vit.pth", "other.pth") if given is None else None
 
     with pytest.raises(vit.InputError, match=r"vit.pth: give --weights \(weights=\)"):
         sa2vp.load(out)
@@ -2357,14 +2245,13 @@ def test_a_file_that_lacks_a_part_is_no_checkpoint(tmp_path):
     ("--distill-layers 0 --fusion-layers 4", "fusion layers"), ("--distill-layers 0,5", "fusion layers"),
     ("--normalize 0.5,0.5", "normaliz"), ("--keep first", "invalid choice"), ("--gpu 99", "no GPU 99"),
     ("--weights absent.pth", "absent.pth: give --weights"), ("--nonsense", "--nonsense"),
-    ("--show 3", "requires --eval or --predict"),
 ])  # fmt: skip
 def test_bad_input_gets_one_sentence_before_anything_is_trained(workplace, refusal, capsys, flags, part):
     cut = make_folder(Path("cut")) / "train/bee/0.png"
     cut.write_bytes(cut.read_bytes()[:-30])
     assert part in refusal(*complete(flags.split()))
 
-    assert not list(Path().glob("runs/*/*"))
+    assert not list(Path().glob("runs/*/last.pt"))
 
 
 @pytest.mark.parametrize("flags, part", [
@@ -2380,13 +2267,9 @@ def test_flags_that_do_not_fit_are_refused(workplace, refusal, flags, part):
     assert part in refusal(*flags)
 
 
-def test_the_folder_of_a_run_is_no_folder_of_runs(finished, refusal):
-    assert "finished is the folder of a single run" in refusal(*complete(["--out", finished]))
-
-
 def test_an_out_that_cannot_be_written_is_refused_before_the_first_epoch(workplace, refusal):
     write(Path(), {"blocked": "a file"})
-    assert "cannot write to blocked" in refusal(*complete(["--out", "blocked"]))
+    assert "cannot write blocked" in refusal(*complete(["--out", "blocked"]))
 
 
 def test_the_home_folder_of_out_is_the_users(workplace, monkeypatch):
@@ -2397,7 +2280,6 @@ def test_the_home_folder_of_out_is_the_users(workplace, monkeypatch):
 
 @pytest.mark.parametrize("kind, content, damaged", [
     ("pt", torch.ones(9), lambda: 0), ("json", {"a": 1}, object()), ("csv", [{"a": 1}], [5]),
-    ("png", torch.ones(3, 9, 9), 5),
 ])  # fmt: skip
 def test_a_file_that_is_written_is_there_whole_or_as_it_was(tmp_path, kind, content, damaged):
     path = tmp_path / f"file.{kind}"
@@ -2480,7 +2362,7 @@ def test_a_step_on_cuda_has_nearly_the_loss_of_float32_on_the_cpu(workplace, opt
 
 
 @needs_cuda
-def test_a_run_on_cuda_resumes_predicts_and_shows(workplace, monkeypatch):
+def test_a_run_on_cuda_resumes_and_predicts(workplace, monkeypatch):
     flags = complete(["--epochs", 3, "--gpu", 0])
     interrupt(monkeypatch, "evaluate", after=1)
     assert exit_code(*flags) == 130
@@ -2489,6 +2371,4 @@ def test_a_run_on_cuda_resumes_predicts_and_shows(workplace, monkeypatch):
     (out,) = Path("runs").glob("*/")
     assert [row["epoch"] for row in read_table(out / "metrics.csv")] == ["1", "2", "3"]
     for job in (["--eval", out], ["--predict", out, workplace / "insects/test"]):
-        (out / "show.png").unlink(missing_ok=True)
-        assert exit_code(*job, "--show", 2, "--gpu", 0) == 0
-        assert (out / "show.png").exists()
+        assert exit_code(*job, "--gpu", 0) == 0

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import socket
 import statistics
 import sys
 import tempfile
@@ -31,8 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
@@ -88,11 +87,9 @@ def complete_settings(given):
             sa2vp.check(name, settings[name], minimum)
     sa2vp.check("warmup", settings["warmup"], 0, 1)
     sa2vp.check("seed", settings["seed"], 0, 2**32)
-    # Make paths absolute, so that they mean the same from every working directory.
-    if settings["data"] not in data.TABLE:
-        settings["data"] = os.path.abspath(os.path.expanduser(settings["data"]))
-    if settings["weights"] not in vit.BACKBONES and settings["weights"] != "scratch":
-        settings["weights"] = os.path.abspath(os.path.expanduser(settings["weights"]))
+    for name, known in (("data", data.TABLE), ("weights", ("scratch", *vit.BACKBONES))):
+        if settings[name] not in known:  # a path; made absolute, it means the same from every working directory
+            settings[name] = os.path.abspath(os.path.expanduser(settings[name]))
     return settings
 
 
@@ -147,7 +144,8 @@ def fit(settings, out, machine, test=True, splits=None):
     loading = {"preprocessing": meta["input"], "batch_size": meta["batch_size"], "workers": machine.workers}
     train_batches = data.make_loader(splits.train, **loading, shuffle_seed=settings["seed"])
     val_batches = data.make_loader(splits.val, **loading)
-    check_before_training(out, settings, splits, test)
+    check_before_training(settings, splits, test)
+    save(out / "settings.json", settings)  # shows now, before the first epoch, whether the folder can be written
     if not test:
         splits = splits._replace(test=[])
     announce(settings, out, machine, model, len(train_batches), len(history))
@@ -172,7 +170,6 @@ def fit(settings, out, machine, test=True, splits=None):
         save(out / "last.pt", dict(meta, history=history, trained=trained, kept=kept, **state))
 
     # The model sees the test images only here, once, with the kept epoch.
-    save_metrics(out, history)
     save(out / "best.pt", dict(meta, history=history[: kept["epoch"]], trained=kept["trained"]))
     sa2vp.load_trained(model, kept["trained"])
     result = dict(meta, best_epoch=kept["epoch"], val_accuracy=history[kept["epoch"] - 1]["val_accuracy"])
@@ -210,24 +207,24 @@ def print_description(name, described):
 
 def describe_run(settings, splits, backbone, machine):
     """The description of a run that is stored in all its files, a dict."""
+    meta = {"version": sa2vp.VERSION, "settings": settings}
+    meta["classes"] = list(splits.classes)
+    meta["images"] = list(map(len, splits[:3]))
+    meta["digest"] = data.digest(splits)
+    meta["batch_size"] = settings["batch_size"]
+    if settings["batch_size"] is None:  # of a folder
+        meta["batch_size"] = data.default_batch_size(len(splits.train))
+    meta["fingerprint"] = vit.fingerprint(backbone)
     heads = backbone.blocks[0].attn.heads
+    meta["backbone"] = {"image_size": backbone.image_size, "heads": heads, "normalize": backbone.normalize}
     mean, std = vit.mean_and_std(backbone.normalize)
-    return {
-        "version": sa2vp.VERSION,
-        "settings": settings,
-        "classes": list(splits.classes),
-        "images": [len(splits.train), len(splits.val), len(splits.test)],
-        "digest": data.digest(splits),
-        "batch_size": settings["batch_size"] or data.default_batch_size(len(splits.train)),  # None for a folder
-        "fingerprint": vit.fingerprint(backbone),
-        "backbone": {"image_size": backbone.image_size, "heads": heads, "normalize": backbone.normalize},
-        "input": {"kind": settings["transform"], "image_size": backbone.image_size, "mean": mean, "std": std},
-        "root": os.path.abspath(machine.root),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "device": str(machine.device),
-        "dtype": str(machine.dtype),
-        "torch": str(torch.__version__),
-    }
+    meta["input"] = {"kind": settings["transform"], "image_size": backbone.image_size, "mean": mean, "std": std}
+    meta["root"] = os.path.abspath(machine.root)
+    meta["date"] = time.strftime("%Y-%m-%d %H:%M")
+    meta["device"] = str(machine.device)
+    meta["dtype"] = str(machine.dtype)
+    meta["torch"] = str(torch.__version__)
+    return meta
 
 
 COMPARED = {  # entries of the description that have to be the same, and a difference in words
@@ -270,7 +267,7 @@ def read_result(out, meta=None):
         if "digest" not in result and vit.is_file(out / "best.pt"):  # version 1 has it in best.pt alone
             result = sa2vp.read_checkpoint(out / "best.pt") | result
         result["accuracy"], result["val_accuracy"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # damaged JSON, or that of another program, raises many kinds of errors
         raise InputError(f"cannot read {path} ({error}); choose another --out, or delete the run") from None
     if meta:
         check_same(path, result, meta)
@@ -295,8 +292,8 @@ def cast_frozen(model, dtype):
         is_product = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         if not is_product or isinstance(module, sa2vp.FullPrecisionLinear):
             continue
-        for parameter in (module.weight, module.bias):
-            if parameter is not None and not parameter.requires_grad:
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 
 
@@ -332,16 +329,8 @@ def resume(out, meta, model, optimizer, scaler):
     return state["history"], state["kept"]
 
 
-def check_before_training(out, settings, splits, test):
-    """InputError for what would otherwise end the run later.
-
-    That is a folder that cannot be written, no validation images to choose by, and damaged test images.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+def check_before_training(settings, splits, test):
+    """InputError for what would otherwise end the run later: no validation images to choose by, damaged test images."""
     if not splits.val and (settings["keep"] == "best" or not test):
         raise InputError("there are no validation images to choose by: add some, or give --keep last and no search")
     if settings["data"] not in data.TABLE:
@@ -352,15 +341,9 @@ def check_before_training(out, settings, splits, test):
 
 def announce(settings, out, machine, model, steps_per_epoch, epochs_done):
     """Prints what is about to run."""
-    if epochs_done == settings["epochs"]:
-        print(f"{out} is already trained; now it is tested")
-        return
-    steps = settings["epochs"] * steps_per_epoch
     print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
     print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
-          f"{machine.device} in {machine.dtype}, to {out}, in {steps} steps")  # fmt: skip
-    if steps < 200:
-        print(f"{steps} steps may be too few: try a smaller --batch-size or more --epochs")
+          f"{machine.device} in {machine.dtype}, to {out}, in {settings['epochs'] * steps_per_epoch} steps")  # fmt: skip
     if epochs_done:
         print(f"resuming after epoch {epochs_done}")
 
@@ -465,11 +448,7 @@ class Sweep:
     """
 
     def __init__(self, given, out, machine):
-        if vit.is_file(out / "last.pt"):
-            raise InputError(f"{out} is the folder of a single run; --out must be its parent")
-        self.given = dict(given)
-        for name in REPEATED:
-            self.given.setdefault(name, [DEFAULTS[name]])
+        self.given = {name: [DEFAULTS[name]] for name in REPEATED} | given
         self.out = out
         self.machine = machine
         self.exit_codes = []  # of runs that failed
@@ -621,14 +600,11 @@ def list_runs(out):
     for path in sorted(out.glob("**/result.json")):
         try:
             result = read_result(path.parent)
-            key = changed_settings(result["settings"])
+            name = run_name(dict(result["settings"], seed=DEFAULTS["seed"]))
         except (InputError, data.DataError, TypeError) as error:  # it is damaged, or its method is unknown here
             print(f"{path.parent} is left out: {error}")
             continue
-        for name in (*UNCOMPARED, "seed"):
-            key.pop(name, None)
-        key |= {name: result.get(name) for name in COMPARED}
-        key = json.dumps([text(result["settings"]["data"]), result["settings"]["method"], key])
+        key = json.dumps([name, [result.get(entry) for entry in COMPARED]])
         groups.setdefault(key, {})[result["settings"]["seed"]] = result
     if not groups:
         print(f"there is no finished run below {out}")
@@ -647,8 +623,8 @@ def summarise(results):
     settings = results[0]["settings"]
     changed = changed_settings(settings)
     changed.pop("seed", None)
-    validated = [result["val_accuracy"] for result in results if result["val_accuracy"] is not None]
-    tested = [result["accuracy"] for result in results if result["accuracy"] is not None]
+    validated = known(results, "val_accuracy")
+    tested = known(results, "accuracy")
     row = {"date": results[-1].get("date"), "data": text(settings["data"]), "images": sum(results[0].get("images", []))}
     row["method"] = settings["method"]
     row["settings"] = ", ".join(f"{name} {text(value)}" for name, value in changed.items())
@@ -657,6 +633,11 @@ def summarise(results):
     row["std"] = statistics.stdev(tested) if len(tested) > 1 else None
     row["seeds"] = len(tested)
     return row
+
+
+def known(results, name):
+    """The values of that name in the results that have one, a list."""
+    return [result[name] for result in results if result[name] is not None]
 
 
 def print_table(rows):
@@ -698,9 +679,6 @@ def use_tuned(args, given, machine):
         print_table(rows)
     save(table, rows, encoding="utf-8-sig")  # with a byte-order mark, so that Excel reads UTF-8
     print(f"wrote {table}")
-    if args.show:
-        step = max(1, len(samples) // args.show)
-        show(table.with_name("show.png"), samples[::step][: args.show], model, meta, machine)
     return 2 if failed else 0
 
 
@@ -719,7 +697,7 @@ def find_test_images(meta, name, root):
 
 
 def find_pictures(paths):
-    """The samples for --predict, without labels, and {image: reason} of images that cannot be read."""
+    """The samples for --predict, whose label is -1, and {image: reason} of images that cannot be read."""
     images, skipped = data.find_images(paths)
     failed = data.unreadable(images)
     print(f"{len(images)} images, {len(failed)} of them unreadable")
@@ -729,7 +707,7 @@ def find_pictures(paths):
         print(f"  {reason}")
     if len(failed) == len(images):
         raise InputError("there is no image to classify")
-    return [(image, None) for image in images if image not in failed], failed
+    return [(image, -1) for image in images if image not in failed], failed
 
 
 def list_predictions(samples, probabilities, classes):
@@ -740,7 +718,7 @@ def list_predictions(samples, probabilities, classes):
         row = {"file": str(image)}
         if not isinstance(image, Path):
             row["file"] = f"image {i}"
-        if label is not None:
+        if label >= 0:
             row["true class"] = classes[label]
         row["predicted class"] = classes[guesses[i]]
         row["probability"] = largest[i].item()
@@ -762,29 +740,11 @@ def print_test(rows):
         print(f"  {accuracies[name]:6.2f} %  {name}, {counts[name]} images")
 
 
-def show(path, samples, model, meta, machine):
-    """--show: draws one row per image: the image, then maps, white where a map is largest and black where smallest."""
-    preprocess = data.transform(**meta["input"])
-    images = torch.stack([preprocess(data.open_picture(image)) for image, _ in samples]).to(machine.device)
-    maps = {}
-    if vit.fingerprint(model.vit) == meta["fingerprint"]:  # the method has not changed the encoder
-        maps["attention of the encoder alone"] = sa2vp.class_attention(model.vit, images)
-    maps["attention of the whole model"] = sa2vp.class_attention(model, images)
-    if isinstance(model, sa2vp.SA2VP):
-        maps["effect of the prompts"] = sa2vp.prompting_strength(model, images)
-    tiles = [F.interpolate(images, (200, 200))]
-    for values in maps.values():
-        tiles.append(F.interpolate(values[:, None].sqrt(), (200, 200)).expand(-1, 3, -1, -1))
-    rows = torch.stack(tiles, dim=1)  # (images, tiles, 3, 200, 200)
-    save(path, make_grid(rows.flatten(0, 1), len(tiles), normalize=True, scale_each=True, pad_value=1))
-    print(f"wrote {path}, with the columns image, {', '.join(maps)}")
-
-
 # ---------------------------------------------------------------------- files and what is printed
 
 
 def save(path, content, encoding="utf-8"):
-    """Writes a .pt, .png, .json or .csv file, whole or not at all. InputError if it cannot be written.
+    """Writes a .pt, .json or .csv file, whole or not at all. InputError if it cannot be written.
 
     The content of a .csv file is a list of dicts, whose keys are the columns.
     """
@@ -792,14 +752,12 @@ def save(path, content, encoding="utf-8"):
         with vit.arriving(path) as temporary:
             if path.suffix == ".pt":
                 torch.save(content, temporary)
-            elif path.suffix == ".png":
-                save_image(content, temporary)
             elif path.suffix == ".json":
                 temporary.write_text(json.dumps(content, indent=2))
             else:
                 write_csv(temporary, content, encoding)
     except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's on a full disk
-        raise InputError(f"cannot write {path}: {error}") from None
+        raise InputError(f"cannot write {path}: {error}; free the disk, or choose another --out") from None
 
 
 def write_csv(path, rows, encoding):
@@ -969,8 +927,8 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", type=int, help="index of the GPU; default 0, or the CPU if there is none")
     add("--cpu", action="store_true", help="use no GPU")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--workers", type=int, default=min(16, cpus), help="processes that load images; default %(default)s")
+    cores = torch.get_num_threads()  # those that this process may use
+    add("--workers", type=int, default=min(16, cores), help="processes that load images; default %(default)s")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--root", type=folder, help="the folder of the data sets; default data")
     add("--out", type=folder, help="the folder of all runs; default runs")
@@ -979,7 +937,6 @@ def make_parser():
     tools.add_argument("--eval", type=folder, metavar="RUN", help="test a finished run again, class by class")
     tools.add_argument("--predict", type=folder, nargs="+", metavar=("RUN", "IMAGE"), help="classify images or folders")
     tools.add_argument("--list", action="store_true", help="a table of all finished runs below --out")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="with --eval or --predict: draw N images")
     return parser
 
 
@@ -1023,8 +980,7 @@ def main(argv=None):
         first[name] = values[0]
         if tuned and (name not in ("data", "weights", "batch_size") or len(values) > 1):
             parser.error("--eval and --predict take only --data, --weights and --batch-size, with one value each")
-    if args.show and (not tuned or args.show < 0):
-        parser.error("--show N requires --eval or --predict")
+    socket.setdefaulttimeout(60)  # seconds; without it a download would wait forever for a silent server
     try:
         machine = choose_machine(args)
         if tuned:

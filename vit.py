@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import socket
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -169,12 +168,12 @@ def mean_and_std(normalize):
     if normalize in list(NORMALIZE):
         return NORMALIZE[normalize]
     try:
-        values = np.array(normalize).reshape(2, 3)  # mean and std
-        if values.dtype.kind not in "if" or not np.isfinite(values).all() or values[1].min() < 1e-6:
+        values = np.array(normalize, float).reshape(2, 3)  # mean and std
+        if not np.isfinite(values).all() or values[1].min() < 1e-6:
             raise ValueError
-    except ValueError:  # also of any other count than six
+    except (TypeError, ValueError):  # also of any other count than six
         raise InputError(f"normalization {normalize!r}: expected half, imagenet or six numbers (mean, then std > 0)")
-    return tuple(map(tuple, values.astype(float).tolist()))
+    return tuple(map(tuple, values.tolist()))
 
 
 def canonical_normalize(normalize):
@@ -189,21 +188,21 @@ def canonical_normalize(normalize):
 # ---------------------------------------------------------------------- published weights
 
 BACKBONE_ROWS = """
-    imagenet21k   half      -         https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz
-    deit-tiny     imagenet  a1311bcf  META/deit/deit_tiny_patch16_224-a1311bcf.pth
-    deit-small    imagenet  cd65a155  META/deit/deit_small_patch16_224-cd65a155.pth
-    deit-base     imagenet  b5f2ef4d  META/deit/deit_base_patch16_224-b5f2ef4d.pth
-    mae           imagenet  -         META/mae/pretrain/mae_pretrain_vit_base.pth
-    dino-small    imagenet  -         META/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth
-    dino-base     imagenet  -         META/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth
-    mocov3-base   imagenet  -         META/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar
-    dinov2-small  imagenet  b938bf1b  META/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth
-    dinov2-base   imagenet  -         META/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth
+    imagenet21k   half      https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz
+    deit-tiny     imagenet  META/deit/deit_tiny_patch16_224-a1311bcf.pth
+    deit-small    imagenet  META/deit/deit_small_patch16_224-cd65a155.pth
+    deit-base     imagenet  META/deit/deit_base_patch16_224-b5f2ef4d.pth
+    mae           imagenet  META/mae/pretrain/mae_pretrain_vit_base.pth
+    dino-small    imagenet  META/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth
+    dino-base     imagenet  META/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth
+    mocov3-base   imagenet  META/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar
+    dinov2-small  imagenet  META/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth
+    dinov2-base   imagenet  META/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth
 """
-BACKBONES = {}  # name: (address, first digits of the file's SHA-256 if they are known, normalization)
+BACKBONES = {}  # name: (address, normalization)
 for row in BACKBONE_ROWS.strip().splitlines():
-    backbone, normalization, sha256, url = row.split()
-    BACKBONES[backbone] = (url.replace("META", "https://dl.fbaipublicfiles.com"), sha256.strip("-"), normalization)
+    backbone, normalization, url = row.split()
+    BACKBONES[backbone] = (url.replace("META", "https://dl.fbaipublicfiles.com"), normalization)
 
 
 def load_vit(weights, image_size=224, heads=None, normalize=None):
@@ -255,33 +254,22 @@ def find_file(weights):
     """Path of the weights, downloaded if `weights` is a name in `BACKBONES`. InputError if there is no such file."""
     if weights in BACKBONES:
         return download(weights)
-    if os.path.isdir(weights):
-        raise InputError(f"{weights} is a folder: give the file of weights in it")
     if not is_file(weights):
-        raise InputError(f"no file {weights}: give --weights (weights=) a file or one of {', '.join(BACKBONES)}")
+        raise InputError(f"{weights} is not a file: give --weights (weights=) a file or one of {', '.join(BACKBONES)}")
     return Path(weights)
 
 
 def download(name):
-    """Path of a backbone of the table, downloaded once into PyTorch's cache. InputError if it does not arrive whole."""
-    url, sha256, _ = BACKBONES[name]
+    """Path of a backbone of the table, downloaded once into PyTorch's cache. InputError if that fails."""
+    url = BACKBONES[name][0]
     path = Path(torch.hub.get_dir(), "checkpoints", name + Path(url).suffix)
-    if is_file(path):
-        return path
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # seconds without an answer; torch.hub itself waits forever
-    try:
-        with arriving(path) as temporary:
-            torch.hub.download_url_to_file(url, temporary, sha256 or None)
-            read_file(temporary)  # detects a truncated file where no checksum is known
-    except Exception as error:  # of the network, the disk, the checksum or the file
-        if not is_file(path):  # nor has another process put it there
-            raise InputError(
-                f"cannot download {url} ({error}): fetch it yourself and save it as {path.name} in {path.parent}, "
-                "or give --weights PATH"
-            )
-    finally:
-        socket.setdefaulttimeout(timeout)
+    if not is_file(path):
+        try:
+            with arriving(path) as temporary:
+                torch.hub.download_url_to_file(url, temporary)
+        except Exception as error:  # of the network or the disk
+            advice = f"fetch it yourself and save it as {path.name} in {path.parent}, or give --weights PATH"
+            raise InputError(f"cannot download {url} ({error}): {advice}")
     return path
 
 
@@ -367,41 +355,30 @@ def fill_from_configs(settings, folder, dim, depth):
     for path in (folder / "config.json", folder / "preprocessor_config.json"):
         if not is_file(path):
             continue
-        config = read_config(path)
-        for key, size in (("hidden_size", dim), ("num_features", dim), ("num_hidden_layers", depth)):
-            if config.get(key, size) != size:
-                notes.append(f"{path.name} ignored: it is of another model, with {key} {config[key]} instead of {size}")
-                return notes
-        notes += fill(settings, config_settings(path, config, settings), f"read from {path.name}")
+        try:
+            config = json.loads(path.read_bytes())
+            config.update(**(config.get("pretrained_cfg") or {}))  # where timm has the normalization
+            for key, size in (("hidden_size", dim), ("num_features", dim), ("num_hidden_layers", depth)):
+                if config.get(key, size) != size:
+                    return notes + [f"{path.name} ignored: it is of another model, with {key} {config[key]}, not {size}"]
+            stated = config_settings(config)
+        except Exception as error:  # damaged or unexpected JSON raises many kinds of errors
+            raise InputError(f"cannot use {path}: {error}; give --heads and --normalize")
+        notes += fill(settings, stated, f"read from {path.name}")
     return notes
 
 
-def read_config(path):
-    """Reads a configuration, a dict. That of timm has the normalization in a dict of its own, which is merged."""
-    try:
-        config = json.loads(path.read_bytes())
-        config.update(**(config.get("pretrained_cfg") or {}))
-    except Exception as error:  # damaged or unexpected JSON raises many kinds of errors
-        raise InputError(f"cannot read {path}: it or its pretrained_cfg is no JSON object ({error})")
-    return config
-
-
-def config_settings(path, config, settings):
-    """What a configuration states of the settings that are open, a dict. InputError names a value that is wrong."""
+def config_settings(config):
+    """What a configuration states of heads and normalization, a dict. ValueError names a value that is wrong."""
     if config.get("hidden_act", "gelu") != "gelu":
-        raise InputError(f"{path}: hidden_act is {config['hidden_act']}, only gelu is supported")
-    stated = {}
-    heads = config.get("num_attention_heads")
-    if settings["heads"] is None and heads is not None:
-        if type(heads) is not int or heads < 1:  # not isinstance, because True is an int
-            raise InputError(f"{path}: num_attention_heads is {heads!r}, expected a positive integer: give --heads")
-        stated["heads"] = heads
+        raise ValueError(f"hidden_act is {config['hidden_act']}, but only gelu is supported")
+    heads = config.get("num_attention_heads", 1)
+    if type(heads) is not int or heads < 1:  # not isinstance, because True is an int
+        raise ValueError(f"num_attention_heads is {heads!r}, but must be a positive integer")
+    stated = {"heads": config.get("num_attention_heads")}
     mean_std = [config.get(key, config.get(f"image_{key}")) for key in ("mean", "std")]
-    if settings["normalize"] is None and mean_std != [None, None]:
-        try:
-            stated["normalize"] = canonical_normalize(mean_std)
-        except InputError as error:
-            raise InputError(f"{path}, mean and std or image_mean and image_std: {error}; give --normalize")
+    if mean_std != [None, None]:
+        stated["normalize"] = canonical_normalize(mean_std)
     return stated
 
 
@@ -468,16 +445,14 @@ def read_safetensors(file):
     header.pop("__metadata__", None)
     data = torch.from_numpy(np.fromfile(file, np.uint8))
     tensors = {}
-    begin = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise InputError(f"tensor {name} has type {entry['dtype']}, which PyTorch does not have")
         dtype = getattr(torch, DTYPES[entry["dtype"]])
-        end = entry["data_offsets"][1]
-        if end - begin != math.prod(entry["shape"]) * dtype.itemsize:  # tensors follow one another without a gap
-            raise InputError(f"tensor {name} has {end - begin} bytes for shape {entry['shape']}: {SAVE_STATE_DICT}")
-        tensors[name] = data[begin:end].clone().view(dtype).reshape(entry["shape"])
-        begin = end
+        start, end = entry["data_offsets"]
+        if end - start != math.prod(entry["shape"]) * dtype.itemsize:
+            raise InputError(f"tensor {name} has {end - start} bytes for shape {entry['shape']}: {SAVE_STATE_DICT}")
+        tensors[name] = data[start:end].clone().view(dtype).reshape(entry["shape"])
     return tensors
 
 
