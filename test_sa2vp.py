@@ -5,7 +5,6 @@ command line. `literal` is the method token by token, as the equations have it.
 """
 
 import ast
-import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -20,7 +19,6 @@ import os
 import pickle
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -987,12 +985,6 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_a_whole_one_with_any_worke
     assert "resuming after epoch 1" in capsys.readouterr().out
 
 
-def test_a_finished_run_without_best_pt_writes_it_again(finished, workplace):
-    (finished / "best.pt").unlink()
-    train.fit(settings_of(workplace), finished, CPU)
-    assert sa2vp.load(finished, workplace / "vit.pth")
-
-
 def test_last_pt_alone_is_enough_to_end_a_run(finished, workplace):
     before = outcome(finished)
     for name in ("best.pt", "result.json", "metrics.csv"):
@@ -1111,12 +1103,6 @@ def test_a_gpu_without_bfloat16_in_hardware_takes_float16_and_a_broken_one_is_no
 
     assert (str(machine.device), machine.dtype) == (device, dtype)
     assert torch.backends.cuda.cudnn_sdp_enabled() == (not works)
-
-
-@pytest.mark.parametrize("cores, workers", [(48, 16), (3, 3)])
-def test_workers_are_the_cores_that_pytorch_uses(monkeypatch, cores, workers):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    assert choose_machine().workers == workers
 
 
 def test_workers_are_started_once_for_a_run(workplace, monkeypatch):
@@ -1469,18 +1455,14 @@ def test_what_is_missing_or_damaged_is_named_with_where_it_comes_from_and_belong
         data.digest(data.load(data.find(name), tmp_path))
 
 
-def test_a_bug_in_a_loader_keeps_its_traceback(tmp_path):
-    row = data.find("shapes")._replace(read=lambda source, root, search: {}["bug"])
-    with pytest.raises(KeyError):
-        data.load(row, tmp_path)
-
-
 @pytest.fixture
 def packed(server, monkeypatch, tmp_path):
     """Serves a small CUB-200-2011 in its true layout, with its checksums. Returns its row."""
     archive = server.folder / "files/CUB_200_2011.tgz"
-    write(tmp_path / "packed", LAYOUTS["cub"] | {"CUB_200_2011/images.txt": "", "attributes.txt": ""})
-    shutil.copytree(tmp_path / "packed/CUB_200_2011", server.folder / "cub")
+    write(tmp_path / "packed", LAYOUTS["cub"] | {"attributes.txt": ""})
+    server.folder.mkdir()
+    (tmp_path / "packed/CUB_200_2011").rename(server.folder / "cub")
+    shutil.copytree(server.folder / "cub/images", tmp_path / "packed/CUB_200_2011/images")
     shutil.make_archive(archive.with_suffix(""), "gztar", tmp_path / "packed")
     archive.with_suffix(".tar.gz").rename(archive)
     for path in (archive, *(server.folder / "cub").glob("*.json")):
@@ -1506,23 +1488,17 @@ def test_a_download_of_another_checksum_is_not_used(packed, monkeypatch, tmp_pat
     assert sizes(data.load(packed, tmp_path)) == [16, 4, 8]
 
 
-@pytest.mark.parametrize("member, kind", [("../out", "0"), ("link", "2"), ("", None)])
+@pytest.mark.parametrize("member, kind", [("../out", b"0"), ("link", b"2")])
 def test_no_archive_writes_outside_its_folder(server, tmp_path, member, kind):
-    path = server.folder / f"birds.{'tar' if kind else 'zip'}"
-    path.parent.mkdir()
-    if kind:
-        with tarfile.open(path, "w") as archive:
-            info = tarfile.TarInfo(member)
-            info.type, info.linkname = kind.encode(), "../../out"
-            archive.addfile(info)
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("../../out", "")
-            archive.writestr(f"{tmp_path}/out", "")
-    with pytest.raises(data.DataError, match="outside") if kind else contextlib.nullcontext():
-        data.fetch(tmp_path / "root/birds/images", f"{server.url}/{path.name}", tmp_path / "root/birds")
+    server.folder.mkdir()
+    with tarfile.open(server.folder / "birds.tar", "w") as archive:
+        info = tarfile.TarInfo(member)
+        info.type, info.linkname = kind, "../../out"
+        archive.addfile(info)
+    with pytest.raises(data.DataError, match="outside"):
+        data.fetch(tmp_path / "root/birds/images", f"{server.url}/birds.tar", tmp_path / "root/birds")
 
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "root/out").exists() and not (tmp_path / "root/birds/link").exists()
 
 
 def test_the_table_has_the_papers_settings():
@@ -1630,7 +1606,7 @@ TRAIN = pictures("train/ant", "train/bee")
     (pictures("dog", "dog "), "'dog' and 'dog '"),
     (pictures("\u00e9", "e\u0301"), "Unicode form"),
     (TRAIN | pictures("test/Ant"), "'ant' and 'Ant'"),
-    (pictures("ant", "bee") | {"bee/x.jpg": "no image"}, "x.jpg: it is damaged or of another format"),
+    (pictures("ant", "bee") | {"bee/x.jpg": "no image"}, "cannot read the image .*x.jpg"),
     (pictures("ant", "bee") | {"bee/x.pgm": "P5 20000 20000 255\n"}, "x.pgm: .*exceeds limit"),
     ({"ant/1.heic": "", "bee/2.heic": ""}, "ant/1.heic, bee/2.heic.*convert to JPEG or PNG"),
     ({"pets.tar": ""}, "pets.tar.*unpack archives"),
@@ -1698,17 +1674,6 @@ def test_a_digest_is_what_it_was_when_runs_were_stored(tmp_path):
     grey = np.full((1, 1, 3), 128, np.uint8)
     splits = data.Splits([(tmp_path / "a/1.png", 0)], [(grey, 1)], [(tmp_path / "b/2.png", 1)], ["a", "b"], "")
     assert data.digest(splits) == "b90894ad341cc04ca6f697562195e90358256b51b2a514f6871aeb285f9d689a"
-
-
-@pytest.mark.parametrize("name", ["shapes", "shapes-source"])
-def test_drawn_pictures_are_always_the_same_and_balanced(name):
-    draw_one, classes, _ = data.TABLE[name].read.args
-    splits, again = (data.read_drawn(draw_one, classes, (48, 24, 24), "", None, False) for _ in range(2))
-
-    assert data.digest(splits) == data.digest(again)
-    for part in (splits.train, splits.val, splits.test):
-        assert len(set(np.bincount([label for _, label in part], minlength=len(classes)))) == 1
-    assert not any(np.array_equal(splits.train[0][0], picture) for picture, _ in splits.test)
 
 
 def test_the_target_task_of_the_drawn_pictures_is_the_direction_from_red_to_blue():
@@ -2244,7 +2209,7 @@ def test_a_file_that_lacks_a_part_is_no_checkpoint(tmp_path):
     ("--window 1 --prompt-grid 2x2", "window 1"),  # and not NaN
     ("--distill-layers 0 --fusion-layers 4", "fusion layers"), ("--distill-layers 0,5", "fusion layers"),
     ("--normalize 0.5,0.5", "normaliz"), ("--keep first", "invalid choice"), ("--gpu 99", "no GPU 99"),
-    ("--weights absent.pth", "absent.pth: give --weights"), ("--nonsense", "--nonsense"),
+    ("--weights absent.pth", "absent.pth is not a file: give --weights"), ("--nonsense", "--nonsense"),
 ])  # fmt: skip
 def test_bad_input_gets_one_sentence_before_anything_is_trained(workplace, refusal, capsys, flags, part):
     cut = make_folder(Path("cut")) / "train/bee/0.png"
