@@ -1,12 +1,15 @@
 """Fine-tunes a pre-trained ViT on a data set.
 
+    python train.py                                  a default run, which needs no data and no weights
     python train.py --data cub --gpu 0               train SA2VP on CUB-200-2011 and test it
     python train.py --eval runs/cub-sa2vp            test a finished run again, class by class
     python train.py --predict runs/cub-sa2vp new/    classify images
+    python train.py --list                           a table of all finished runs
 
 A run reads its data, adds a tuning method to the backbone, trains it, keeps the epoch of highest validation accuracy
-(for VTAB-1k the last epoch) and evaluates that epoch once on the test data. The run's folder holds metrics.csv (one row
-per epoch), last.pt (all that is needed to resume), best.pt (the kept epoch, written at the end) and result.json.
+(for VTAB-1k the last epoch) and evaluates that epoch once on the test data. The run's folder holds settings.json,
+metrics.csv (one row per epoch), last.pt (all that is needed to resume) and, at the end, best.pt (the kept epoch) and
+result.json.
 
 Each setting takes one or more values. Several data sets, methods or seeds give one run each. Several values of another
 setting start a search: the combination of highest validation accuracy is chosen, and then tested.
@@ -41,11 +44,11 @@ from vit import InputError
 
 # The settings of every run. The options of a method are the arguments of its class in sa2vp.py. A data set's row in
 # data.py overrides the defaults of both, and the command line overrides all. A new setting is a line here, one in
-# HELP_TEXTS, and one in MINIMUM or PARSERS if it needs them.
+# HELP_TEXTS, and one in MINIMUM, PARSERS or CHOICES if it needs them.
 DEFAULTS = {
     "data": "shapes",
     "method": "sa2vp",
-    "weights": "imagenet21k",  # "scratch": the small ViT below, with random weights
+    "weights": "imagenet21k",  # or "scratch": the small ViT below, with random weights
     "image_size": 224,
     "heads": None,  # None: read from the weights
     "normalize": None,  # None: read from the weights
@@ -60,9 +63,9 @@ DEFAULTS = {
     "search": False,  # set by the program: in a search VTAB-1k is trained on 800 of its 1,000 images, validated on 200
 }
 LEARNING_RATE = {"linear": 1e-2, "full": 1e-4}  # of methods that need another than the default
-MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "batch_size": 1, "lr": 1e-12, "weight_decay": 0}
+MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "batch_size": 1, "lr": 1e-7, "weight_decay": 0}
 
-# The backbone of the generated images: small, pre-trained by this program to tell the shape and colour of an object.
+# The small ViT for the generated images. This program pre-trains it to tell the shape and colour of an object.
 SMALL_VIT = {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
 PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
 PRETRAINING = {"data": "shapes-source", "method": "full", "epochs": 16, "batch_size": 32, "lr": 2e-3}
@@ -101,7 +104,7 @@ def defaults_of(method):
 
 
 def all_options():
-    """The settings and the options of all methods, each once, {name: default}. The first method with it counts."""
+    """The settings and the options of all methods, {name: default}. A shared option has its first method's default."""
     options = dict(DEFAULTS)
     for method in sa2vp.METHODS:
         for name, default in sa2vp.options(method).items():
@@ -116,7 +119,7 @@ class Machine(NamedTuple):
     dtype: torch.dtype  # of matrix products
     workers: int  # processes that load images
     compile: bool  # run the model through torch.compile
-    root: str  # the folder of the data sets
+    root: Path  # the folder of the data sets
 
 
 # ---------------------------------------------------------------------- the loop
@@ -125,15 +128,15 @@ class Machine(NamedTuple):
 def fit(settings, out, machine, test=True, splits=None):
     """Trains or resumes a run, unless it is finished. Returns its result, the content of out/result.json.
 
-    `settings` are all settings of the run (`complete_settings`), `out` is its folder. With test=False no test image is
-    read, as in a search. `splits` are the images, if they are read already.
+    `settings` are all settings of the run (`complete_settings`), `out` is its folder. With test=False, as in a search,
+    the model sees no test image. `splits` are the images, if they are read already.
     """
     splits = splits or read_data(settings["data"], machine.root, settings["search"])
     backbone = load_backbone(settings)
     meta = describe_run(settings, splits, backbone, machine)
     result = read_result(out, meta)
-    is_tested = result and (result["accuracy"] is not None or not test)  # a run of a search is yet to be tested
-    if is_tested and vit.is_file(out / "best.pt"):
+    needed = "accuracy" if test else "val_accuracy"  # a run of a search has no test accuracy yet
+    if result and result[needed] is not None and vit.is_file(out / "best.pt"):
         print(f"{out} is already finished; to train it again, delete its folder")
         return result
     model = build_model(backbone, meta, machine)
@@ -153,7 +156,7 @@ def fit(settings, out, machine, test=True, splits=None):
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
         # Each epoch is seeded by (seed, epoch), so a resumed run reproduces an uninterrupted one.
-        torch.manual_seed(10_007 * settings["seed"] + epoch)  # of dropout; unique with fewer than 10,007 epochs
+        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout; no two alike below 10,007 epochs
         train_batches.sampler.epoch = epoch  # the sampler derives the seeds of the order, crops and flips
         loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
         row = {"epoch": epoch + 1, "loss": loss, "lr": lr}
@@ -227,14 +230,15 @@ def describe_run(settings, splits, backbone, machine):
     return meta
 
 
-COMPARED = {  # entries of the description that have to be the same, and a difference in words
+COMPARED = {  # entries of the description that must not have changed, and what a change is called
     "images": "{} training, validation and test images, now {}",
     "digest": "different images or classes",
     "batch_size": "batch size {}, now {}",
     "backbone": "a backbone with {}, now {}",
     "fingerprint": "a different backbone",
 }
-UNCOMPARED = {"data", "weights", "heads", "normalize", "batch_size"}  # settings that those cover; paths may change
+# Settings that are not compared, because the entries above tell what they stand for. Their paths may change.
+UNCOMPARED = {"data", "weights", "heads", "normalize", "batch_size"}
 
 
 def check_same(path, before, meta):
@@ -246,7 +250,7 @@ def check_same(path, before, meta):
             differences.append(words.format(before[key], meta[key]))
     # A setting that was added after the run was saved takes its default.
     earlier = complete_settings({"data": settings["data"], "method": settings["method"]}) | before["settings"]
-    for name in settings.keys() - UNCOMPARED:
+    for name in sorted(settings.keys() - UNCOMPARED):
         if json.dumps(earlier[name]) != json.dumps(settings[name]):
             differences.append(f"{name} {text(earlier[name])}, now {text(settings[name])}")
     if differences:
@@ -266,7 +270,7 @@ def read_result(out, meta=None):
         sa2vp.upgrade(result)
         if "digest" not in result and vit.is_file(out / "best.pt"):  # version 1 has it in best.pt alone
             result = sa2vp.read_checkpoint(out / "best.pt") | result
-        result["accuracy"], result["val_accuracy"]
+        result["accuracy"], result["val_accuracy"]  # a KeyError if one is missing
     except Exception as error:  # damaged JSON, or that of another program, raises many kinds of errors
         raise InputError(f"cannot read {path} ({error}); choose another --out, or delete the run") from None
     if meta:
@@ -287,7 +291,7 @@ def build_model(backbone, meta, machine):
 
 
 def cast_frozen(model, dtype):
-    """Casts the frozen weights of matrix products, which autocast would otherwise cast again on every use."""
+    """Casts the frozen weights of matrix products once. Otherwise autocast would cast them again in every step."""
     for module in model.modules():
         is_product = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         if not is_product or isinstance(module, sa2vp.FullPrecisionLinear):
@@ -532,7 +536,7 @@ def pretrain(machine):
     """Trains the small ViT of the generated images, unless it is there already with the current settings.
 
     It is trained in a temporary folder, which is renamed when it is complete. If two processes do so at once, the
-    first to finish wins, and the other uses its weights.
+    weights of the first to finish are kept, and those of the other are thrown away.
     """
     folder = PRETRAINED.parent
     if is_pretrained(folder):
@@ -541,9 +545,9 @@ def pretrain(machine):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pretraining-") as temporary:
         fit(complete_settings(PRETRAINING), Path(temporary, "new"), machine)
-        if folder.exists() and not is_pretrained(folder):
-            folder.rename(Path(temporary, "old"))  # of other settings
         try:
+            if folder.exists() and not is_pretrained(folder):
+                folder.rename(Path(temporary, "old"))  # of other settings
             Path(temporary, "new").rename(folder)
         except OSError:
             if not is_pretrained(folder):
@@ -555,6 +559,7 @@ def is_pretrained(folder):
     result = read_result(folder)
     settings = complete_settings(PRETRAINING)
     is_complete = result and vit.is_file(folder / "best.pt")
+    # A setting that was added after the pre-training takes its default. JSON has lists for tuples.
     return bool(is_complete) and json.dumps(settings | result["settings"]) == json.dumps(settings)
 
 
@@ -735,7 +740,7 @@ def print_test(rows):
         correct[row["true class"]] += row["true class"] == row["predicted class"]
     accuracies = {name: 100 * correct[name] / counts[name] for name in counts}
     print(f"test accuracy {100 * correct.total() / len(rows):.2f} % of {len(rows)} images")
-    print(f"mean over {len(counts)} classes {statistics.mean(accuracies.values()):.2f} %; the worst first:")
+    print(f"mean over {len(counts)} classes {statistics.mean(accuracies.values()):.2f} %; the worst, at most thirty:")
     for name in sorted(accuracies, key=accuracies.get)[:30]:
         print(f"  {accuracies[name]:6.2f} %  {name}, {counts[name]} images")
 
@@ -805,7 +810,7 @@ def report(error, what=""):
 HELP_TEXTS = f"""
     data            a folder of images, {', '.join(data.GROUPS)}, {', '.join(data.TABLE)}
     method          {', '.join(sa2vp.METHODS)}
-    weights         the backbone: a file, or {', '.join(vit.BACKBONES)}
+    weights         the backbone: a file, {', '.join(vit.BACKBONES)}, or scratch (a small ViT, untrained)
     image_size      pixels, a multiple of the patch size
     heads           of the backbone, if the weights do not say it
     normalize       half, imagenet, or mean and std as six numbers with commas, if the weights do not say it
@@ -871,7 +876,7 @@ def normalization(value):
     return tuple(map(float, value.split(",")))
 
 
-PARSERS = {  # by an option's name, where its default does not tell its type, or by the type of its default
+PARSERS = {  # by the type of an option's default or, where that does not tell, by its name
     "heads": int,
     "normalize": normalization,
     "window": window,
@@ -898,7 +903,7 @@ def add_options(parser):
         defaults.pop("none", None)
         help_text = HELP.get(name, "an option of a method")
         if len(defaults) == 1:
-            help_text += f"; default {min(defaults)}"
+            help_text += f"; default {next(iter(defaults))}"
         else:
             for value, method in defaults.items():
                 help_text += f"; default of {method} {value}"
@@ -927,11 +932,11 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", type=int, help="index of the GPU; default 0, or the CPU if there is none")
     add("--cpu", action="store_true", help="use no GPU")
-    cores = torch.get_num_threads()  # those that this process may use
+    cores = torch.get_num_threads()  # that PyTorch uses
     add("--workers", type=int, default=min(16, cores), help="processes that load images; default %(default)s")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--root", type=folder, help="the folder of the data sets; default data")
-    add("--out", type=folder, help="the folder of all runs; default runs")
+    add("--out", type=folder, help="the folder of all runs; default runs. For --eval and --predict, that of the table")
 
     tools = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     tools.add_argument("--eval", type=folder, metavar="RUN", help="test a finished run again, class by class")
@@ -948,7 +953,7 @@ def choose_machine(args):
     # A GPU may be listed although its driver is missing or too old.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and not args.cpu else 0
     if args.gpu is not None and not 0 <= args.gpu < gpus:
-        raise InputError(f"no GPU {args.gpu}: PyTorch sees {gpus or 'no GPU'}, numbered from 0")
+        raise InputError(f"no GPU {args.gpu}: PyTorch sees {gpus} GPUs, numbered from 0")
     device = torch.device("cpu")
     dtype = torch.float32
     if gpus:
@@ -991,7 +996,7 @@ def main(argv=None):
             code = Sweep(given, args.out or Path("runs"), machine).run()
     except KeyboardInterrupt:
         code = 130
-        print("interrupted; repeat the command to resume training after the last completed epoch", file=sys.stderr)
+        print("interrupted; the same command resumes a run after its last completed epoch", file=sys.stderr)
     except Exception as error:
         code = report(error)
     if code:
