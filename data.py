@@ -293,8 +293,7 @@ def folder_notes(splits, subfolders, left_out):
         notes.append(f"left out {len(paths)} {reason}: {shorten(paths, 5)}")
     for split, samples in (("validation", splits.val), ("test", splits.test)):
         if len(samples) < 30:
-            points = 100 / len(samples)
-            notes.append(f"{len(samples)} {split} images are few: one is {points:.1f} points of accuracy; add some")
+            notes.append(f"{len(samples)} {split} images are few: one is {100 / len(samples):.1f} points of accuracy")
     return notes
 
 
@@ -522,7 +521,7 @@ def open_picture(image):
 def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded. DataError names a file that cannot be read."""
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
-    with reading(f"the image {path}", "; convert it to JPEG or PNG, or remove it"), open(path, "rb") as file:
+    with reading(f"the image {path}", "; check its name, convert it to JPEG or PNG, or leave it out"), open(path, "rb") as file:
         picture = Image.open(file)
         check_pixels(picture)
         yield picture

@@ -207,8 +207,8 @@ class SA2VP(nn.Module):
         grid = prompt_grid or vit.grid
         if prompt_grid == "half":
             grid = (vit.grid[0] // 2, vit.grid[1] // 2)
-        if min(grid) < 1:
-            raise InputError(f"prompt grid {grid[0]}x{grid[1]}: both sides must be at least 1")
+        if len(grid) != 2 or min(grid) < 1:
+            raise InputError(f"prompt grid {grid} must have two sides of at least 1, such as 7x7")
         self.prompt_grid = grid
         self.vit = freeze(vit, dropout)
         self.prompt_map = PromptMap(grid, inner_dim, vit.dim)

@@ -254,7 +254,7 @@ def check_same(path, before, meta):
         if json.dumps(earlier[name]) != json.dumps(settings[name]):
             differences.append(f"{name} {text(earlier[name])}, now {text(settings[name])}")
     if differences:
-        raise InputError(f"{path} was trained with {differences[0]}; choose another --out, or delete the run's folder")
+        raise InputError(f"{path} is of a run with {differences[0]}; choose another --out, or delete the run's folder")
 
 
 def read_result(out, meta=None):
@@ -493,7 +493,7 @@ class Sweep:
         chosen = choices[accuracies.index(best)]
         values = [f"{name} {text(chosen[name])}" for name in self.given if name in chosen and name not in REPEATED]
         print(f"\nchosen: {', '.join(values)}, with validation accuracy {best:.2f} %, the first on ties")
-        print(f"{accuracies.count(-1.0)} of {len(choices)} combinations failed")
+        print(f"{accuracies.count(best)} of {len(choices)} combinations reach it, {accuracies.count(-1.0)} failed")
         return chosen
 
     def attempt(self, settings, test=True):
@@ -695,7 +695,7 @@ def find_test_images(meta, name, root):
     name = name or meta["settings"]["data"]
     splits = read_data(name, root, meta["settings"]["search"])
     if data.digest(splits) != meta["digest"]:
-        raise InputError(f"the images of {name} are not those of the run: test on new images with --predict")
+        raise InputError(f"the images of {name} are not those of the run, which alone it can be tested on")
     if not splits.test:
         raise InputError(f"{name} has no test images")
     return splits.test
@@ -720,9 +720,7 @@ def list_predictions(samples, probabilities, classes):
     rows = []
     largest, guesses = probabilities.max(dim=1)
     for i, (image, label) in enumerate(samples):
-        row = {"file": str(image)}
-        if not isinstance(image, Path):
-            row["file"] = f"image {i}"
+        row = {"file": image if isinstance(image, Path) else i}
         if label >= 0:
             row["true class"] = classes[label]
         row["predicted class"] = classes[guesses[i]]
@@ -732,17 +730,24 @@ def list_predictions(samples, probabilities, classes):
 
 
 def print_test(rows):
-    """Prints the accuracy, and that of each class, the worst first."""
+    """Prints the accuracy, that of each class, the worst first, and the most frequent confusions."""
     counts = Counter()
     correct = Counter()
+    confused = Counter()
     for row in rows:
-        counts[row["true class"]] += 1
-        correct[row["true class"]] += row["true class"] == row["predicted class"]
+        true, predicted = row["true class"], row["predicted class"]
+        counts[true] += 1
+        if true == predicted:
+            correct[true] += 1
+        else:
+            confused[f"{true} predicted as {predicted}"] += 1
     accuracies = {name: 100 * correct[name] / counts[name] for name in counts}
     print(f"test accuracy {100 * correct.total() / len(rows):.2f} % of {len(rows)} images")
     print(f"mean over {len(counts)} classes {statistics.mean(accuracies.values()):.2f} %; the worst, at most thirty:")
     for name in sorted(accuracies, key=accuracies.get)[:30]:
         print(f"  {accuracies[name]:6.2f} %  {name}, {counts[name]} images")
+    for names, count in confused.most_common(10):
+        print(f"  {count} of {names}")
 
 
 # ---------------------------------------------------------------------- files and what is printed
@@ -847,19 +852,13 @@ def switch(value):
     return bool(("off", "on").index(value))
 
 
-def layers(value):
-    """A parser for argparse: "0,4,8" or "none"."""
+def integers(value):
+    """A parser for argparse: "0,4,8", "7x7", "none" or "half"."""
     if value == "none":
         return ()
-    return tuple(map(int, value.split(",")))
-
-
-def grid(value):
-    """A parser for argparse: "7x7" or "half"."""
     if value == "half":
         return value
-    height, width = value.split("x")
-    return int(height), int(width)
+    return tuple(map(int, re.split("[x,]", value)))
 
 
 def window(value):
@@ -880,9 +879,9 @@ PARSERS = {  # by the type of an option's default or, where that does not tell, 
     "heads": int,
     "normalize": normalization,
     "window": window,
-    "prompt_grid": grid,
-    "distill_layers": layers,
-    "fusion_layers": layers,
+    "prompt_grid": integers,
+    "distill_layers": integers,
+    "fusion_layers": integers,
     bool: switch,
     str: word,
     int: int,
