@@ -2286,6 +2286,15 @@ def test_the_readmes_program_predicts_and_exports_a_model_that_runs_without_this
     torch.testing.assert_close(exported(images), variables["model"](images))
 
 
+def test_the_readmes_picture_has_a_map_below_each_image(workplace):
+    (program,) = re.findall(r"```python\n([^`]*?make_grid.*?)```", README, re.S)
+    exec(program.replace("runs/shapes-sa2vp", str(train_run())), {})
+
+    page = np.asarray(Image.open("show.png"))
+    tiles = page[2:, 2:].reshape(2, 226, 6, 226, 3)[:, :-2, :, :-2]
+    assert tiles.std(axis=(1, 3, 4)).all()
+
+
 def test_the_readmes_measurement_compares_every_method_with_the_frozen_encoder(monkeypatch, capsys):
     (program,) = re.findall(r"```python\n(from statistics import median\n.*?)```", README, re.S)
     monkeypatch.setattr(vit, "VisionTransformer", functools.partial(vit.VisionTransformer, 32, 16, 16, 5, 2))
