@@ -386,7 +386,7 @@ def read_torchvision(kind, classes, source, root, search):
     if kind in ("DTD", "Food101"):
         read = partial(read, loader=Path)  # its images are decoded later
     samples = []
-    with reading(f"{kind} below {root}, which comes from {source}"):
+    with reading(f"{kind} below {root}, which comes from {source}", "; unpack it there by hand, or delete what is damaged"):
         for split in splits:
             images = read(root, split, download=True)
             samples.append([(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in images])
