@@ -386,7 +386,7 @@ def read_torchvision(kind, classes, source, root, search):
     if kind in ("DTD", "Food101"):
         read = partial(read, loader=Path)  # its images are decoded later
     samples = []
-    with reading(f"{kind} below {root}, which comes from {source}", "; unpack it there by hand, or delete what is damaged"):
+    with reading(f"{kind} below {root}, which comes from {source}", "; unpack it there, or delete damaged files"):
         for split in splits:
             images = read(root, split, download=True)
             samples.append([(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in images])
@@ -521,7 +521,7 @@ def open_picture(image):
 def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded. DataError names a file that cannot be read."""
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
-    with reading(f"the image {path}", "; check its name, convert it to JPEG or PNG, or leave it out"), open(path, "rb") as file:
+    with reading(f"the image {path}", "; check its name, make it a JPEG, or leave it out"), open(path, "rb") as file:
         picture = Image.open(file)
         check_pixels(picture)
         yield picture

@@ -741,7 +741,7 @@ def test_heads_and_normalization_are_those_of_the_configuration_beside_the_file(
 def test_the_configuration_of_another_model_is_ignored_and_that_is_noted(beside, key, value):
     loaded = beside({"config.json": {key: value, "num_attention_heads": 4} | HALF}, heads=2)
     assert loaded.normalize == "imagenet" and len(loaded.notes) == 2
-    assert "config.json ignored" in loaded.notes[0] and f"{key} {value}" in loaded.notes[0]
+    assert "config.json ignored" in loaded.notes[0] and f"{key} is {value}" in loaded.notes[0]
 
 
 WRONG_CONFIGS = [  # and the key that the sentence names

@@ -346,8 +346,10 @@ def check_before_training(settings, splits, test):
 def announce(settings, out, machine, model, steps_per_epoch, epochs_done):
     """Prints what is about to run."""
     print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
-    print(f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on "
-          f"{machine.device} in {machine.dtype}, to {out}, in {settings['epochs'] * steps_per_epoch} steps")  # fmt: skip
+    print(
+        f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on {machine.device} "
+        f"in {machine.dtype}, to {out}, in {settings['epochs'] * steps_per_epoch} steps"
+    )
     if epochs_done:
         print(f"resuming after epoch {epochs_done}")
 

@@ -360,7 +360,7 @@ def fill_from_configs(settings, folder, dim, depth):
             config.update(**(config.get("pretrained_cfg") or {}))  # where timm has the normalization
             for key, size in (("hidden_size", dim), ("num_features", dim), ("num_hidden_layers", depth)):
                 if config.get(key, size) != size:
-                    return notes + [f"{path.name} ignored: it is of another model, with {key} {config[key]}, not {size}"]
+                    return notes + [f"{path.name} ignored: it is of another model, whose {key} is {config[key]}"]
             stated = config_settings(config)
         except Exception as error:  # damaged or unexpected JSON raises many kinds of errors
             raise InputError(f"cannot use {path}: {error}; give --heads and --normalize")
