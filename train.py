@@ -347,8 +347,8 @@ def announce(settings, out, machine, model, steps_per_epoch, epochs_done):
     """Prints what is about to run."""
     print("settings:", ", ".join(f"{name}={value}" for name, value in settings.items()))
     print(
-        f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, on {machine.device} "
-        f"in {machine.dtype}, to {out}, in {settings['epochs'] * steps_per_epoch} steps"
+        f"{settings['method']}: {sa2vp.count_trained(model):,} trained parameters without the head, "
+        f"on {machine.device} in {machine.dtype}, to {out}, in {settings['epochs'] * steps_per_epoch} steps"
     )
     if epochs_done:
         print(f"resuming after epoch {epochs_done}")
