@@ -343,7 +343,7 @@ def read_fgvc(folder, images, archive_folder, lists, source, root, search):
         path = folder / f"{split}.json"
         url = f"{FGVC_SPLITS}/{lists}/{split}.json"
         fetch(path, url, folder)
-        with reading(f"the list {path}, which comes from {url}"):
+        with reading(f"the list {path} (delete it if it is damaged; it comes from {url})"):
             for name, class_id in json.loads(path.read_bytes()).items():
                 image = paths.get(Path(name).parts[-2:], folder / name)
                 samples.append((image, int(class_id)))
@@ -370,7 +370,7 @@ def read_list(folder, source, classes, name):
     """Returns the samples of one of VTAB-1k's lists."""
     path = folder / f"{name}.txt"
     samples = []
-    with reading(f"{path}, which comes from {source} and has lines of a path and a label below {classes}"):
+    with reading(f"{path} (lines of a path and a label below {classes}; delete vtab-1k/ if it is damaged)"):
         for line in path.read_text("utf-8-sig").splitlines():
             image, label = line.rsplit(maxsplit=1)
             if not 0 <= int(label) < classes:
@@ -419,8 +419,8 @@ def fetch(path, source, folder):
     except Exception as error:  # the network's, the archive's, the checksum's, the disk's
         if os.path.isfile(path):
             os.remove(path)  # its checksum is wrong
-        why = f"{path} is missing and cannot be downloaded ({error})"
-        raise DataError(f"{why}: get it from {source} and put it there") from None
+        why = f"{path} is missing and cannot be downloaded ({error}): delete what is left of an earlier download"
+        raise DataError(f"{why}, or get it from {source} and put it there") from None
 
 
 # ---------------------------------------------------------------------- images drawn by the program

@@ -1439,12 +1439,12 @@ def test_every_layout_is_read(tmp_path, copies, layout):
     ("nabirds", {}, "{root}/nabirds/images .*{source}"),
     ("cars", {}, "{root}/stanford_cars/cars_train .*{source}"),
     ("cub", {"images/0/train00.jpg": None}, "cannot read an image that is listed: .*train00.jpg"),
-    *(("cub", {"val.json": content}, "cannot read the list .*val.json, which comes from https://raw")
+    *(("cub", {"val.json": content}, "cannot read the list .*val.json .delete it if it is damaged; .* https://raw")
       for content in ("[]", "{", '{"0/1.jpg": null}', '{"0/1.jpg": "ant"}', b"\xff")),
-    *(("vtab/clevr_count", {"test.txt": f"0.jpg 1\n{line}\n"}, "clevr_count/test.txt, .* a label below 8: .*")
+    *(("vtab/clevr_count", {"test.txt": f"0.jpg 1\n{line}\n"}, "clevr_count/test.txt .* a label below 8; delete vtab-1k/ if it is damaged.: .*")
       for line in ("images/1.jpg", "images/1.jpg,1", "images/1.jpg one", "images/1.jpg 8", "1.jpg -1")),
     ("vtab/clevr_count", {"test.txt": ""}, "vtab/clevr_count below {root} has no test images: .*{source}"),
-    ("vtab/clevr_count", {"test.txt": None}, "clevr_count/test.txt, which comes from https://huggingface.co"),
+    ("vtab/clevr_count", {"test.txt": None}, "clevr_count/test.txt .* delete vtab-1k/"),
     ("hta/dtd", {"labels/test1.txt": ""}, "hta/dtd below {root} has no test images"),
 ])  # fmt: skip
 def test_what_is_missing_or_damaged_is_named_with_where_it_comes_from_and_belongs(tmp_path, name, changed, says):
@@ -1483,7 +1483,7 @@ def test_a_data_set_is_downloaded_and_unpacked_once(packed, server, tmp_path):
 def test_a_download_of_another_checksum_is_not_used(packed, monkeypatch, tmp_path, name):
     right = data.CHECKSUMS[name]
     monkeypatch.setitem(data.CHECKSUMS, name, "97eceeb196236b17998738112f37df78")
-    with pytest.raises(data.DataError, match="cannot be downloaded .*: get it from .* put it there"):
+    with pytest.raises(data.DataError, match="cannot be downloaded .*: delete .*, or get it from .* put it there"):
         data.load(packed, tmp_path)
     monkeypatch.setitem(data.CHECKSUMS, name, right)
     assert sizes(data.load(packed, tmp_path)) == [16, 4, 8]

@@ -363,7 +363,7 @@ def fill_from_configs(settings, folder, dim, depth):
                     return notes + [f"{path.name} ignored: it is of another model, whose {key} is {config[key]}"]
             stated = config_settings(config)
         except Exception as error:  # damaged or unexpected JSON raises many kinds of errors
-            raise InputError(f"cannot use {path}: {error}; give --heads and --normalize")
+            raise InputError(f"cannot use {path}: {error}; mend it, or move it away")
         notes += fill(settings, stated, f"read from {path.name}")
     return notes
 
@@ -371,10 +371,10 @@ def fill_from_configs(settings, folder, dim, depth):
 def config_settings(config):
     """What a configuration states of heads and normalization, a dict. ValueError names a value that is wrong."""
     if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"hidden_act is {config['hidden_act']}, but only gelu is supported")
+        raise ValueError(f"hidden_act is {config['hidden_act']}, but this ViT has gelu: use other weights")
     heads = config.get("num_attention_heads", 1)
     if type(heads) is not int or heads < 1:  # not isinstance, because True is an int
-        raise ValueError(f"num_attention_heads is {heads!r}, but must be a positive integer")
+        raise ValueError(f"num_attention_heads is {heads!r}, no positive integer (--heads with --normalize overrides)")
     stated = {"heads": config.get("num_attention_heads")}
     mean_std = [config.get(key, config.get(f"image_{key}")) for key in ("mean", "std")]
     if mean_std != [None, None]:
@@ -447,7 +447,7 @@ def read_safetensors(file):
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise InputError(f"tensor {name} has type {entry['dtype']}, which PyTorch does not have")
+            raise InputError(f"tensor {name} has type {entry['dtype']}, which is not supported")
         dtype = getattr(torch, DTYPES[entry["dtype"]])
         start, end = entry["data_offsets"]
         if end - start != math.prod(entry["shape"]) * dtype.itemsize:
