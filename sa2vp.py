@@ -190,7 +190,8 @@ class SA2VP(nn.Module):
 
     The masks of the aligned neighbourhoods are not in the state dict: build the model on a real device, with the
     settings of its run. Hooks, sharding and activation checkpointing belong on `interactions[i]`, because the layers
-    `vit.blocks[i]` themselves are called for new prompt maps only.
+    `vit.blocks[i]` themselves are called for new prompt maps only. Where a value is computed once per batch, dropout
+    draws one mask for the batch; the released code draws one for each image.
     """
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
