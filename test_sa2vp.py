@@ -2291,7 +2291,7 @@ def test_the_readmes_picture_has_a_map_below_each_image(workplace):
     exec(program.replace("runs/shapes-sa2vp", str(train_run())), {})
 
     page = np.asarray(Image.open("show.png"))
-    tiles = page[2:, 2:].reshape(2, 226, 6, 226, 3)[:, :-2, :, :-2]
+    tiles = page[2:, 2:].reshape(2, 152, 6, 152, 3)[:, :-2, :, :-2]
     assert tiles.std(axis=(1, 3, 4)).all()
 
 
