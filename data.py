@@ -663,8 +663,8 @@ FGVC = """
     dogs     dogs           Images                dogs         stanforddogs   32  0.1
     cars     stanford_cars  cars_train,cars_test  -            stanfordcars   64  1.5
 """  # name; below root its folder, in there those of its images, where to unpack; its lists; inner_dim, scale
-# The released code has batch sizes of 40, 64 or 128, rates of 5e-4 (its README) or 1e-3 (its scripts), and the raw ids of
-# nabirds as labels.
+# The released code has batch sizes of 40, 64 or 128, rates of 5e-4 (its README) or 1e-3 (its scripts), and the raw
+# ids of nabirds as labels.
 FGVC_SOURCES = """
     cub      https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz
     nabirds  https://dl.allaboutbirds.org/nabirds
