@@ -5,7 +5,6 @@ command line. `literal` is the method token by token, as the equations have it.
 """
 
 import ast
-import contextlib
 import copy
 import csv
 import functools
@@ -25,7 +24,6 @@ import sys
 import tarfile
 import threading
 import types
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -1106,6 +1104,12 @@ def test_a_gpu_without_bfloat16_in_hardware_takes_float16_and_a_broken_one_is_no
     assert torch.backends.cuda.cudnn_sdp_enabled() == (not works)
 
 
+@pytest.mark.parametrize("cpus, workers", [(48, 16), (3, 3)])
+def test_workers_are_the_cpus_at_most_16_even_if_pytorch_has_one_thread(monkeypatch, cpus, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    assert choose_machine().workers == workers
+
+
 def test_workers_are_started_once_for_a_run(workplace, monkeypatch):
     started = []
     make = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
@@ -2025,6 +2029,13 @@ def drawn(tmp_path, monkeypatch):
 
 
 DRAWN_FLAGS = ["--cpu", "--workers", 0, "--epochs", 1]
+
+
+def test_the_default_run_has_the_settings_of_the_readmes_results():
+    settings = train.complete_settings({"data": "shapes", "method": "sa2vp"})
+    tuned = {"transform": "crop", "batch_size": 32, "epochs": 60, "lr": 5e-3, "inner_dim": 64, "scale": 2.0, "dropout": 0.0}
+    assert settings == settings | tuned
+    assert (train.PRETRAINING["epochs"], train.PRETRAINING["lr"]) == (16, 2e-3)
 
 
 def test_the_default_run_pretrains_its_backbone_once(drawn, capsys):

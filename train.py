@@ -933,8 +933,7 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", type=int, help="index of the GPU; default 0, or the CPU if there is none")
     add("--cpu", action="store_true", help="use no GPU")
-    cores = torch.get_num_threads()  # that PyTorch uses
-    add("--workers", type=int, default=min(16, cores), help="processes that load images; default %(default)s")
+    add("--workers", type=int, default=min(16, os.cpu_count()), help="processes that load images; default %(default)s")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--root", type=folder, help="the folder of the data sets; default data")
     add("--out", type=folder, help="the folder of all runs; default runs. For --eval and --predict, that of the table")
