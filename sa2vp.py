@@ -400,7 +400,7 @@ def read_checkpoint(path):
 def upgrade(run):
     """Gives the content of a checkpoint or result.json of version 1 the form of today's, in place."""
     if run.get("version", 1) > VERSION:
-        raise InputError(f"it was written by a newer version of this project, version {run['version']}")
+        raise InputError(f"the run was written by a newer version of this project, version {run['version']}")
     settings = run["settings"]
     if "warmup_epochs" in settings:  # it was a number, and is a share of the epochs
         warmup_epochs = settings.pop("warmup_epochs")
