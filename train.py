@@ -436,7 +436,10 @@ def print_epoch(row, epochs):
 
 
 def is_best(history):
-    """Whether the last epoch has the highest validation accuracy. On ties the later epoch is the best."""
+    """Whether the last epoch has the highest validation accuracy. On ties the later epoch is the best.
+
+    The released code keeps the earlier one.
+    """
     return history[-1]["val_accuracy"] == max(row["val_accuracy"] for row in history)
 
 
@@ -959,7 +962,7 @@ def choose_machine(args):
     if gpus:
         device = torch.device("cuda", args.gpu or 0)
         torch.cuda.set_device(device)
-        # Older GPUs only emulate bfloat16, many times slower.
+        # Older GPUs only emulate bfloat16, many times slower. The released code has float16 with a scaler on all GPUs.
         dtype = torch.float16
         if torch.cuda.is_bf16_supported(including_emulation=False):
             dtype = torch.bfloat16
