@@ -1929,12 +1929,16 @@ def test_vtab_is_searched_without_test_data_and_its_last_epoch_counts(workplace)
 
 
 def test_list_is_a_table_of_all_finished_runs_below_a_folder(finished):
+    result = read_json(finished / "result.json")
+    result["settings"].update(distill_layers=[], fusion_layers=[])
+    write(finished, {"result.json": result})
     shutil.copytree(finished, "other/deep/copy")
     write(Path("other/unfinished"), {"last.pt": b""})
     subprocess.run([sys.executable, train.__file__, "--list", "--out", "other"], check=True)
 
     (row,) = read_table(Path("other/list.csv"))
     assert (row["method"], row["seeds"], row["images"]) == ("sa2vp", "1", "20")
+    assert "distill_layers none, fusion_layers none" in row["settings"]
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_row(workplace):

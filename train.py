@@ -794,7 +794,7 @@ def save_metrics(out, history):
 
 def text(value):
     """A setting's value as tables, messages and names of files show it. A path is shown by its last two parts."""
-    if value is None or value == ():
+    if value in (None, (), []):  # a list if it was read from JSON
         return "none"
     if isinstance(value, (tuple, list)):
         return ",".join(map(text, value))
