@@ -627,7 +627,8 @@ def make_loader(samples, preprocessing, batch_size, workers, shuffle_seed=None):
     if training and len(samples) < batch_size:
         raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: lower --batch-size")
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
-    # The released code keeps one order on a single GPU, and so never sees the last incomplete batch (40 of 1,000 images).
+    # On a single GPU, the released code never changes the order, so the images of the last, incomplete batch are never
+    # trained on (40 of VTAB natural's 1,000).
     return DataLoader(
         Images(samples, transform(**preprocessing, training=training)),
         batch_size,
@@ -777,8 +778,8 @@ def make_table():
             settings = {"keep": "last", "batch_size": int(batch_size)}
             by_method = adapted({"sa2vp": float(lr)}, inner_dim=int(inner_dim), scale=float(scale))
             rows.append(DataSet(f"vtab/{task}", read, VTAB_1K, settings, by_method))
-    # For HTA the released code has a table of six sets. It takes five's epoch by test accuracy, validation images of
-    # GTSRB and Food101 can overlap training images, and one switch chooses between resizing and crops (set to resizing).
+    # For HTA the released code has a table of six data sets. In five of them, test accuracy chooses the epoch. The
+    # validation images of GTSRB and Food101 can overlap the training images. All images are resized by default.
     groups["hta"] = []
     for row in full_size:
         groups["hta"].append(f"hta/{row.name}")

@@ -82,7 +82,7 @@ def aligned_neighbourhood(grid, other_grid, window):
 
 
 class SpatiallyAlignedCrossAttention(nn.Module):
-    """Spatially aligned cross attention, Eq. (3): X (batch, tokens, d) -> C_i(X, Y). All its weights are layer i's.
+    """Spatially aligned cross-attention, Eq. (3): X (batch, tokens, d) -> C_i(X, Y). All its weights are layer i's.
 
     q = Wq LN1(X), k = Wk LN1(Y) and v = Wv LN1(Y) come from `layer.start`, which computes them once for T_i and C_i.
     `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y). None: every token attends to all.
@@ -182,7 +182,7 @@ class SA2VP(nn.Module):
     num_classes     outputs of the head, which both pathways share
     inner_dim       r, the rank of the prompt maps and the hidden width of the adapters
     scale           s, the weight of a message
-    dropout         rate of `vit.drop`, which acts on B_0, on P_0, in the MLPs, the cross attention and the adapters
+    dropout         rate of `vit.drop`, which acts on B_0, on P_0, in the MLPs, the cross-attention and the adapters
     window          side of the aligned neighbourhood in cells, odd; None: every token attends to all
     prompt_grid     (h', w') of a scaled prompt map; None: the image's grid; "half": half of it
     distill_layers  D, where B sends P the message; None: every fourth layer from 0; (): no layer

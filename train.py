@@ -833,7 +833,7 @@ HELP_TEXTS = f"""
     keep            the epoch to test: best (on validation data) or last
     inner_dim       r, the rank of the prompt map and the hidden width of the adapters
     scale           s, the weight of what one pathway sends to the other
-    dropout         of the encoder, the cross attention and the adapters
+    dropout         of the encoder, the cross-attention and the adapters
     window          side of the aligned neighbourhood, odd, or none: every token attends to all
     prompt_grid     size of a scaled prompt map, such as 7x7 or half
     distill_layers  D such as 0,4,8, or none; by default every fourth layer
