@@ -53,12 +53,12 @@ def find(name):
     """Returns the row of a data set by its name in TABLE, or a row for a folder by its path. Opens no image.
 
     The settings of a folder were chosen for few images, on validation data. Its batch size is None: it depends on the
-    number of training images, see `default_batch_size`. Raises DataError if there is neither.
+    number of training images, see `default_batch_size`. Raises DataError if there is neither row nor folder.
     """
     if name in TABLE:
         return TABLE[name]
     folder = Path(os.path.abspath(os.path.expanduser(name)))
-    # A run knows its folder by an absolute path. That folder may be gone.
+    # A run knows its folder by an absolute path. That folder may be gone: --list still shows the run.
     if not folder.is_dir() and (folder.exists() or not os.path.isabs(name)):
         choices = f"a folder (unpack an archive first), a name that --help lists, or a group ({', '.join(GROUPS)})"
         raise DataError(f"no data set and no folder is named {name!r}: give {choices}")
@@ -96,7 +96,10 @@ def load(row, root, search=False):
 
 
 def digest(splits):
-    """A SHA-256 in hex of the classes and each sample's label, path (its last two parts) and file size, or bytes."""
+    """A SHA-256 in hex of the classes and of each sample: its label, and its array or its file's size and path.
+
+    Of a path, only the last two parts count.
+    """
     header = (splits.classes, *map(len, splits[:3]))
     sha = hashlib.sha256(repr(header).encode())
     with reading("an image that is listed", "; delete the data set's folder if its download was interrupted"):
@@ -141,7 +144,7 @@ SYSTEM_FOLDERS = {"#recycle", "#snapshot", "$recycle.bin", "lost+found", "__maco
 def class_folders(folder):
     """Reads train/<class>/, val/<class>/ and test/<class>/, or <class>/ alone. A missing split is held out.
 
-    Raises DataError if it is not clear which folders are splits and classes, or if an image is damaged.
+    Raises DataError if it is not clear which folders are splits and classes, or if a file cannot be opened as an image.
     """
     images, left_out = images_below(folder)
     split_of = split_folders(folder, images, left_out)
@@ -197,14 +200,17 @@ def images_below(folder):
 
 
 def walk(folder, root, visited):
-    """Yields all files below a folder, and links to folders that are read elsewhere or lie above."""
+    """Yields all files below a folder. A link to a folder that is read anyway, or lies above, is not followed.
+
+    It is yielded like a file.
+    """
     visited.add(folder.resolve())
     for path in sorted(folder.iterdir()):
         if not path.is_dir():
             yield path
             continue
         real = path.resolve()
-        if real in visited or path.is_symlink() and real.is_relative_to(root):
+        if real in visited or (path.is_symlink() and real.is_relative_to(root)):
             yield path
         else:
             yield from walk(path, root, visited)
@@ -241,13 +247,13 @@ def split_folders(folder, images, left_out):
             others.add(parts[0])
         if split and len(parts) > 2:
             with_classes.add(split)
-    if "train" not in with_classes:
-        if with_classes or not others:
-            names = ", ".join(split_of) or "images"
-            raise DataError(f"{folder} has {names}, but no training images in <class>/ or train/<class>/: add some")
+    if others and not with_classes:
         return {}
     if others:
-        raise DataError(f"{folder} has splits, but also images in {shorten(sorted(others), 5)}: move them elsewhere")
+        raise DataError(f"{folder} has splits, but also images in {shorten(sorted(others), 5)}: move them to a split")
+    if "train" not in with_classes:
+        names = ", ".join(split_of) or "images"
+        raise DataError(f"{folder} has {names}, but no training images in <class>/ or train/<class>/: add some")
     for path in Path(folder).iterdir():
         if path.is_dir() and SPLIT_OF.get(path.name.strip().lower(), "train") not in with_classes:
             raise DataError(f"{path} has no class folders with images: sort images into <class>/ there")
@@ -478,7 +484,7 @@ TRANSFORMS = ("crop-flip", "crop", "resize")
 
 
 def transform(kind, image_size, mean, std, training=False):
-    """Returns the paper's transform: PIL image -> (3, height, width), normalized by mean and std per RGB channel.
+    """Returns a transform: PIL image -> (3, height, width), normalized by mean and std per RGB channel.
 
     Args:
         kind: "crop-flip" (FGVC): the short side is resized to 256 / 224 of the size; then a random crop and flip in
@@ -592,7 +598,7 @@ class Images(Dataset):
     def __getitem__(self, key):
         index, seed = key
         image, label = self.samples[index]
-        # Without workers this is the process whose generators serve dropout, which must not notice.
+        # Without workers, dropout draws from the same generator, which is therefore restored afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             pixels = self.preprocess(open_picture(image))
@@ -627,8 +633,8 @@ def make_loader(samples, preprocessing, batch_size, workers, shuffle_seed=None):
     if training and len(samples) < batch_size:
         raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: lower --batch-size")
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
-    # On a single GPU, the released code never changes the order, so the images of the last, incomplete batch are never
-    # trained on (40 of VTAB natural's 1,000).
+    # The order is new in every epoch. In the released code on a single GPU it never changes, so the images of the last,
+    # incomplete batch are never trained on (40 of VTAB natural's 1,000).
     return DataLoader(
         Images(samples, transform(**preprocessing, training=training)),
         batch_size,
@@ -636,7 +642,7 @@ def make_loader(samples, preprocessing, batch_size, workers, shuffle_seed=None):
         drop_last=training,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # not with --cpu
         generator=torch.Generator(),  # not the one that serves dropout, which would then depend on the workers
     )
 
@@ -664,7 +670,7 @@ FGVC = """
     flowers  flowers-102    jpg                   flowers-102  oxfordflowers   8  0.1
     dogs     dogs           Images                dogs         stanforddogs   32  0.1
     cars     stanford_cars  cars_train,cars_test  -            stanfordcars   64  1.5
-"""  # name; below root its folder, in there those of its images, where to unpack; its lists; inner_dim, scale
+"""  # name; folder below root; folders of images in it; folder to unpack in; folder of FGVC_SPLITS; inner_dim, scale
 # The released code has batch sizes of 40, 64 or 128, rates of 5e-4 (its README) or 1e-3 (its scripts), and the raw
 # ids of nabirds as labels.
 FGVC_SOURCES = """
@@ -743,7 +749,7 @@ DRAWN = [
             "batch_size": 32,
             "epochs": 60,
         },
-        by_method=adapted(  # those of sa2vp were searched with this ViT, the others' rates with one of eight epochs
+        by_method=adapted(  # sa2vp's were searched with this ViT, the others' rates after 8 epochs of pre-training
             {"sa2vp": 5e-3, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}, inner_dim=64, scale=2.0, dropout=0.0
         ),
     ),
@@ -756,7 +762,7 @@ DRAWN = [
 
 
 def make_table():
-    """Returns ({name: row}, {group: names of its data sets}), both in the paper's order."""
+    """Returns ({name: row}, {group: names of its data sets})."""
     rows = []
     groups = {"fgvc": [], "vtab": []}
     for name, folder, images, archive_folder, lists, inner_dim, scale in read_rows(FGVC):

@@ -16,8 +16,9 @@ the other a message: a patch token attends only to the tokens around its own pla
 
 The equation numbers are this project's, not the paper's. N is the number of patches and h x w their grid. h' x w' is
 the grid of the prompt map, equal to h x w unless the map is scaled. d is the width of the encoder, r the inner
-dimension of the prompt maps and adapters. N(t) is the aligned neighbourhood of token t. D and F are sets of layers.
-`*` is the element-wise product. During training, dropout also acts on B_0, on P_0 and in the MLPs of T_i.
+dimension of the prompt maps and adapters, s the weight of a message. N(t) is the aligned neighbourhood of token t.
+D and F are sets of layers. `*` is the element-wise product. During training, dropout also acts on B_0, on P_0 and in
+the MLPs of T_i.
 """
 
 import inspect
@@ -54,10 +55,11 @@ class PromptMap(nn.Module):
 
 
 def near(cells, other_cells, window):
-    """Which cells of one axis lie within window / 2 cells of each other, (cells, other_cells), boolean."""
+    """One axis of N(t), (cells, other_cells): True where two centres are less than window / 2 coarser cells apart."""
     y = torch.arange(cells)[:, None]
     z = torch.arange(other_cells)
-    # The distance of the centres (y + 0.5) / cells and (z + 0.5) / other_cells, in integers: no rounding decides.
+    # |(y + 0.5) / cells - (z + 0.5) / other_cells| < (window / 2) / min(cells, other_cells), as the coarser axis has
+    # fewer cells. Both sides are multiplied by 2 cells other_cells: integers, so that no rounding decides.
     distance = ((2 * y + 1) * other_cells - (2 * z + 1) * cells).abs()
     return distance < window * max(cells, other_cells)
 
@@ -84,7 +86,7 @@ def aligned_neighbourhood(grid, other_grid, window):
 class SpatiallyAlignedCrossAttention(nn.Module):
     """Spatially aligned cross-attention, Eq. (3): X (batch, tokens, d) -> C_i(X, Y). All its weights are layer i's.
 
-    q = Wq LN1(X), k = Wk LN1(Y) and v = Wv LN1(Y) come from `layer.start`, which computes them once for T_i and C_i.
+    q is from `layer.start(X)`, k and v are from `layer.start(Y)`. T_i uses the same q, k and v: they are computed once.
     `mask` is the aligned neighbourhood N(t), (tokens of X, tokens of Y). None: every token attends to all.
     """
 
@@ -126,7 +128,7 @@ class InterLayerPromptFusion(nn.Module):
     def __init__(self, grid, inner_dim, dim):
         super().__init__()
         self.prompt_map = PromptMap(grid, inner_dim, dim)
-        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i; (1, d), so that it has weight decay
+        self.gate = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))  # g_i; two-dimensional, to get weight decay
 
     def forward(self, layer):
         return self.gate * layer(self.prompt_map())
@@ -153,8 +155,8 @@ class BilateralInteraction(nn.Module):
         self.last = last
 
     def forward(self, layer, base, prompt):
-        """B_i (batch, 1 + N, d), P_i (batch, 1 + h' w', d) -> B_{i+1}, P_{i+1}."""
-        # Up to the first layer in D, P_i does not depend on the image and is a batch of one.
+        """B_i (batch, 1 + N, d), P_i (batch or 1, 1 + h' w', d) -> B_{i+1}, P_{i+1}."""
+        # Up to the first layer in D, P_i does not depend on the images: it is a batch of one.
         qb, kb, vb = layer.start(base)
         qp, kp, vp = layer.start(prompt)
         if self.last:  # only the class tokens go on, so only they ask
@@ -188,10 +190,10 @@ class SA2VP(nn.Module):
     distill_layers  D, where B sends P the message; None: every fourth layer from 0; (): no layer
     fusion_layers   F, a subset of D, where a new prompt map enters; None: D without 0
 
-    The masks of the aligned neighbourhoods are not in the state dict: build the model on a real device, with the
-    settings of its run. Hooks, sharding and activation checkpointing belong on `interactions[i]`, because the layers
-    `vit.blocks[i]` themselves are called for new prompt maps only. Where a value is computed once per batch, dropout
-    draws one mask for the batch; the released code draws one for each image.
+    The masks of the aligned neighbourhoods are not in the state dict, so do not build the model on the meta device.
+    Hooks, sharding and activation checkpointing belong on `interactions[i]`: `vit.blocks[i]` itself is called for new
+    prompt maps only. Where a value is computed once per batch, all images of the batch share one dropout mask; the
+    released code draws one for each image.
     """
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
@@ -221,14 +223,14 @@ class SA2VP(nn.Module):
         self.head = make_head(vit, num_classes)
 
     def forward(self, images):
-        """Figure 2: (batch, 3, height, width) -> logits (batch, num_classes) of each pathway. The base's predict."""
+        """Figure 2: images (batch, 3, height, width) -> (base_logits, prompt_logits), each (batch, num_classes)."""
         base = self.vit.embed(images)  # Eq. (1), (batch, 1 + N, d)
         prompt = self.vit.drop(self.embed_prompts())  # Eq. (2), (1, 1 + h' w', d)
         for layer, interaction in zip(self.vit.blocks, self.interactions):
             base, prompt = interaction(layer, base, prompt)  # Eq. (3) to (7)
         base_logits = self.head(self.vit.norm(base[:, 0]))
         prompt_logits = self.head(self.vit.norm(prompt[:, 0]))
-        return base_logits, prompt_logits.expand_as(base_logits)
+        return base_logits, prompt_logits.expand_as(base_logits)  # a batch of one if D is empty
 
     def embed_prompts(self):
         """p W_p + b_p + E_pos, (1, 1 + h' w', d). E_pos is the image's, interpolated to the prompt grid."""
@@ -236,7 +238,7 @@ class SA2VP(nn.Module):
 
 
 def two_pathway_loss(logits, labels):
-    """Eq. (8), mean over the batch, of (base_logits, prompt_logits). Of a baseline's (logits,): plain cross-entropy."""
+    """Eq. (8) of (base_logits, prompt_logits), or cross-entropy of a baseline's (logits,). The mean over the batch."""
     losses = [nn.functional.cross_entropy(scores, labels) for scores in logits]
     if len(losses) == 1:
         return losses[0]
@@ -326,8 +328,8 @@ class AdapterTuning(ViTClassifier):
 # A new method is a class, or a function that returns a model, and a row here.
 # - It takes a backbone, the number of classes and its options. Options are written out, each with a default, and become
 #   flags. A default of another type than number, text or bool needs a row in PARSERS in train.py.
-# - It freezes the backbone (`freeze`) before it adds modules. The backbone is its `vit`, the classifier its `head`
-#   (`make_head`). It returns a tuple of logits: the first predict, a second is of the prompt pathway.
+# - Unless it trains the backbone, it freezes it (`freeze`) before it adds modules. The backbone is its `vit`, the
+#   classifier its `head` (`make_head`). Its forward returns (logits,), or (base_logits, prompt_logits) as SA2VP's does.
 # - All its state is in parameters and buffers. Nothing is merged or cached in evaluation mode.
 # Settings that a data set has for one method, such as its learning rate, are in `by_method` in data.py. A new method
 # has none of them unless a row there names it.
@@ -383,8 +385,7 @@ def load_trained(model, tensors):
 
 def count_trained(model):
     """How many numbers are trained, without the head, as the field counts them."""
-    counts = [p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head.")]
-    return sum(counts)
+    return sum(p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head."))
 
 
 def read_checkpoint(path):
@@ -398,11 +399,11 @@ def read_checkpoint(path):
 
 
 def upgrade(run):
-    """Gives the content of a checkpoint or result.json of version 1 the form of today's, in place."""
+    """Converts the content of a checkpoint or result.json of version 1 to the current form, in place."""
     if run.get("version", 1) > VERSION:
         raise InputError(f"the run was written by a newer version of this project, version {run['version']}")
     settings = run["settings"]
-    if "warmup_epochs" in settings:  # it was a number, and is a share of the epochs
+    if "warmup_epochs" in settings:  # was a number of epochs, is now a share of them
         warmup_epochs = settings.pop("warmup_epochs")
         is_default = warmup_epochs == round(settings["epochs"] / 10)
         settings["warmup"] = 0.1 if is_default else warmup_epochs / settings["epochs"]
@@ -422,7 +423,7 @@ def load(path, weights=None):
         path = path / "best.pt"
     meta = read_checkpoint(path)
     try:
-        backbone = load_backbone(path, meta, weights)
+        backbone = load_same_backbone(path, meta, weights)
         model = build(backbone, len(meta["classes"]), meta["settings"])
         load_trained(model, meta.pop("trained"))
     except (KeyError, TypeError, InputError) as error:  # of settings or tensors that do not fit
@@ -430,7 +431,7 @@ def load(path, weights=None):
     return model.eval(), meta
 
 
-def load_backbone(path, meta, weights=None):
+def load_same_backbone(path, meta, weights=None):
     """The backbone of the checkpoint in `path`, whose content is `meta`. InputError if the weights are others."""
     if meta["settings"]["method"] == "full":
         return load_vit(path, **meta["backbone"])

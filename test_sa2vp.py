@@ -1087,6 +1087,11 @@ def test_a_gpu_that_emulates_bfloat16_takes_float16_and_a_broken_one_is_none(mon
     assert torch.backends.cuda.cudnn_sdp_enabled() == (not works)
 
 
+def test_memory_is_not_pinned_while_no_gpu_is_in_use(finished, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not data.make_loader([], sa2vp.load(finished)[1]["input"], 1, 0).pin_memory
+
+
 @pytest.mark.parametrize("cpus, workers", [(48, 16), (3, 3)])
 def test_workers_are_as_many_as_cpus_and_at_most_16(monkeypatch, cpus, workers):
     monkeypatch.setattr(os, "cpu_count", lambda: cpus)
@@ -1259,10 +1264,11 @@ def test_settings_are_stored_as_asked_beside_what_they_became(workplace):
     assert read_json(Path("run/result.json")) == json.loads(json.dumps(result))
 
 
-def test_a_damaged_test_image_of_a_folder_is_named_before_the_first_epoch(workplace):
-    path = workplace / "insects/test/bee/0.png"
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_damaged_image_that_is_not_trained_on_is_named_before_the_first_epoch(workplace, split):
+    path, _ = getattr(data.class_folders(workplace / "insects"), split)[0]
     path.write_bytes(path.read_bytes()[:-30])  # its header is sound
-    with pytest.raises(vit.InputError, match="1 test images cannot be read: cannot read the image .*bee/0.png"):
+    with pytest.raises(vit.InputError, match=f"1 images cannot be read: cannot read the image {path}"):
         train.fit(settings_of(workplace), Path("run"), CPU)
 
     assert not Path("run").exists()
@@ -1541,7 +1547,7 @@ TRAIN = pictures("train/ant", "train/bee")
 @pytest.mark.parametrize("files, says", [
     (pictures("photos/ant", "photos/bee"), "two or more <class>.* photos/"),  # one folder too high
     (pictures("test/ant", "test/bee"), "no training images in <class>/"),
-    (pictures("ant", "bee", "val/ant"), "no training images in <class>/"),
+    (pictures("ant", "bee", "val/ant"), "has splits, but also images in ant, bee: move them"),
     ({"1.png": None}, "no training images in <class>/"),
     (TRAIN | pictures("test/cow"), "no training images of the classes cow"),
     (TRAIN | pictures("val"), "val has no class folders with images"),  # ImageNet's
@@ -1946,10 +1952,11 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(workplace):
         train_run("--method", "linear", flag, value)
     write(workplace, {"insects/test/ant/new.png": None})
     train_run("--method", "linear", "--seed", 1, out="runs/later")
+    shutil.copytree("runs/later", "runs/on_a_gpu")
     assert exit_code("--list") == 0
 
     rows = read_table(Path("runs/list.csv"))
-    assert [(row["images"], row["seeds"]) for row in rows] == [("20", "1"), ("20", "2"), ("21", "1")]
+    assert [(row["images"], row["seeds"]) for row in rows] == [("20", "1"), ("20", "2"), ("21", "1"), ("21", "1")]
 
 
 @pytest.fixture
@@ -1968,7 +1975,7 @@ DRAWN_FLAGS = ["--cpu", "--workers", 0, "--epochs", 1]
 
 def test_the_default_run_has_the_settings_of_the_readmes_results():
     settings = train.complete_settings({"data": "shapes", "method": "sa2vp"})
-    tuned = {"transform": "crop", "batch_size": 32, "epochs": 60, "lr": 5e-3}
+    tuned = {"transform": "crop", "batch_size": 32, "epochs": 60, "lr": 5e-3, "weights": "runs/shapes-vit/best.pt"}
     assert settings == settings | tuned | {"inner_dim": 64, "scale": 2.0, "dropout": 0.0}
     assert (train.PRETRAINING["epochs"], train.PRETRAINING["lr"]) == (16, 2e-3)
 
@@ -1994,12 +2001,12 @@ def test_of_two_pretrainings_at_once_the_first_to_finish_wins(drawn, monkeypatch
         monkeypatch.setattr(train, "fit", fit)
         result = fit(settings, out, machine)
         train.pretrain(machine)  # as another process would, in the meantime
-        inodes.append(train.PRETRAINED.stat().st_ino)
+        inodes.append(os.stat(train.PRETRAINED).st_ino)
         return result
     monkeypatch.setattr(train, "fit", slower)
     train.pretrain(CPU)
 
-    assert inodes == [train.PRETRAINED.stat().st_ino]
+    assert inodes == [os.stat(train.PRETRAINED).st_ino]
     assert os.listdir("runs") == ["shapes-vit"]
 
 
@@ -2008,7 +2015,7 @@ def test_a_pretraining_with_other_settings_is_made_anew(drawn, monkeypatch):
     monkeypatch.setitem(train.PRETRAINING, "epochs", 2)
     train.pretrain(CPU)
 
-    assert read_json(train.PRETRAINED.with_name("result.json"))["settings"]["epochs"] == 2
+    assert read_json(Path("runs/shapes-vit/result.json"))["settings"]["epochs"] == 2
     assert os.listdir("runs") == ["shapes-vit"]
 
 
@@ -2042,7 +2049,7 @@ def test_eval_finds_the_runs_images_in_another_folder(finished, workplace):
 
 def test_eval_on_other_images_is_refused(workplace, finished, refusal):
     write(workplace, {"insects/test/ant/new.png": None})
-    assert "are not those of the run, which alone" in refusal("--eval", finished, "--data", "../insects", "--cpu")
+    assert "a run can only be tested on its own" in refusal("--eval", finished, "--data", "../insects", "--cpu")
 
 
 def test_a_run_remembers_the_folder_of_the_data_sets(workplace, monkeypatch):
@@ -2050,6 +2057,8 @@ def test_a_run_remembers_the_folder_of_the_data_sets(workplace, monkeypatch):
     out = train_run("--data", "cub", "--root", "root").absolute()
     monkeypatch.chdir(workplace)
 
+    assert exit_code("--eval", out, "--cpu") == 0
+    Path(out.parents[1], "root").rename("data")  # a moved project with its data
     assert exit_code("--eval", out, "--cpu") == 0
 
 
@@ -2157,9 +2166,10 @@ def test_a_file_that_lacks_a_part_is_no_checkpoint(tmp_path):
     ("--distill-layers 0 --fusion-layers 4", "fusion layers"), ("--distill-layers 0,5", "fusion layers"),
     ("--normalize 0.5,0.5", "normaliz"), ("--keep first", "invalid choice"), ("--gpu 99", "no GPU 99"),
     ("--weights absent.pth", "absent.pth is not a file: give --weights"), ("--nonsense", "--nonsense"),
+    ("--weights scratch", "scratch is for --method full"), ("--weights scratch --method full --heads 2", "scratch is"),
 ])  # fmt: skip
 def test_bad_input_gets_one_sentence_before_anything_is_trained(workplace, refusal, flags, part):
-    cut = make_folder(Path("cut")) / "train/bee/0.png"
+    cut = make_folder(Path("cut")) / "train/bee/1.png"
     cut.write_bytes(cut.read_bytes()[:-30])
     assert part in refusal(*complete(flags.split()))
 

@@ -8,8 +8,7 @@
 
 A run reads its data, adds a tuning method to the backbone, trains it, keeps the epoch of highest validation accuracy
 (for VTAB-1k the last epoch) and evaluates that epoch once on the test data. The run's folder holds settings.json,
-metrics.csv (one row per epoch), last.pt (all that is needed to resume) and, at the end, best.pt (the kept epoch) and
-result.json.
+metrics.csv (one row per epoch), last.pt (to resume from) and, at the end, best.pt (the kept epoch) and result.json.
 
 Each setting takes one or more values. Several data sets, methods or seeds give one run each. Several values of another
 setting start a search: the combination of highest validation accuracy is chosen, and then tested.
@@ -67,7 +66,7 @@ MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "batch_size": 1, "lr": 1e-7
 
 # The small ViT for the generated images. This program pre-trains it to tell the shape and colour of an object.
 SMALL_VIT = {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
-PRETRAINED = Path(data.TABLE["shapes"].settings["weights"])
+PRETRAINED = data.TABLE["shapes"].settings["weights"]
 PRETRAINING = {"data": "shapes-source", "method": "full", "epochs": 16, "batch_size": 32, "lr": 2e-3}
 
 
@@ -90,7 +89,7 @@ def complete_settings(given):
             sa2vp.check(name, settings[name], minimum)
     sa2vp.check("warmup", settings["warmup"], 0, 1)
     sa2vp.check("seed", settings["seed"], 0, 2**32)
-    for name, known in (("data", data.TABLE), ("weights", ("scratch", *vit.BACKBONES))):
+    for name, known in (("data", data.TABLE), ("weights", ("scratch", PRETRAINED, *vit.BACKBONES))):
         if settings[name] not in known:  # a path; made absolute, it means the same from every working directory
             settings[name] = os.path.abspath(os.path.expanduser(settings[name]))
     return settings
@@ -150,13 +149,13 @@ def fit(settings, out, machine, test=True, splits=None):
     check_before_training(settings, splits, test)
     save(out / "settings.json", settings)  # shows now, before the first epoch, whether the folder can be written
     if not test:
-        splits = splits._replace(test=[])
+        splits = splits._replace(test=[])  # without images, the test accuracy is None
     announce(settings, out, machine, model, len(train_batches), len(history))
 
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
         # Each epoch is seeded by (seed, epoch), so a resumed run reproduces an uninterrupted one.
-        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout; no two alike below 10,007 epochs
+        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout; another seed for every (seed, epoch)
         train_batches.sampler.epoch = epoch  # the sampler derives the seeds of the order, crops and flips
         loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
         row = {"epoch": epoch + 1, "loss": loss, "lr": lr}
@@ -193,6 +192,8 @@ def read_data(name, root, search=False):
 def load_backbone(settings):
     """The backbone of a run; prints what it is."""
     if settings["weights"] == "scratch":
+        if settings["method"] != "full" or settings["heads"] or settings["normalize"]:
+            raise InputError("scratch is for --method full alone, without --heads and --normalize: choose --weights")
         torch.manual_seed(settings["seed"])
         backbone = vit.VisionTransformer(settings["image_size"], **SMALL_VIT)
     else:
@@ -209,7 +210,7 @@ def print_description(name, described):
 
 
 def describe_run(settings, splits, backbone, machine):
-    """The description of a run that is stored in all its files, a dict."""
+    """The description of a run, a dict. It is part of best.pt, last.pt and result.json."""
     meta = {"version": sa2vp.VERSION, "settings": settings}
     meta["classes"] = list(splits.classes)
     meta["images"] = list(map(len, splits[:3]))
@@ -237,7 +238,7 @@ COMPARED = {  # entries of the description that must not have changed, and what 
     "backbone": "a backbone with {}, now {}",
     "fingerprint": "a different backbone",
 }
-# Settings that are not compared, because the entries above tell what they stand for. Their paths may change.
+# Settings that are not compared: paths may change, and the entries above identify the images and the backbone.
 UNCOMPARED = {"data", "weights", "heads", "normalize", "batch_size"}
 
 
@@ -283,7 +284,7 @@ def build_model(backbone, meta, machine):
     settings = meta["settings"]
     torch.manual_seed(settings["seed"])  # the initialisation does not depend on random numbers used above
     model = sa2vp.build(backbone, len(meta["classes"]), settings).to(machine.device)
-    cast_frozen(model, machine.dtype)  # after the backbone's fingerprint was taken
+    cast_frozen(model, machine.dtype)  # the backbone's fingerprint is that of its float32 weights
     if machine.compile:
         torch.compiler.reset()  # PyTorch compiles the same code only a few times in a process
         model.compile(dynamic=False)
@@ -302,7 +303,7 @@ def cast_frozen(model, dtype):
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW, betas (0.9, 0.999); weight decay on matrices, prompt maps and gates, not on biases and norms."""
+    """AdamW, betas (0.9, 0.999); weight decay on matrices, embeddings, prompts and gates, not on biases and norms."""
     decayed = []
     others = []
     for parameter in sa2vp.trained_parameters(model).values():
@@ -334,13 +335,14 @@ def resume(out, meta, model, optimizer, scaler):
 
 
 def check_before_training(settings, splits, test):
-    """InputError for what would otherwise end the run later: no validation images to choose by, damaged test images."""
+    """InputError for what would otherwise end the run later: no validation images to choose by, damaged images."""
     if not splits.val and (settings["keep"] == "best" or not test):
         raise InputError("there are no validation images to choose by: add some, or give --keep last and no search")
     if settings["data"] not in data.TABLE:
-        failed = data.unreadable(image for image, _ in splits.test)
+        # Damaged training images end the first epoch.
+        failed = data.unreadable(image for image, _ in splits.val + splits.test)
         if failed:
-            raise InputError(f"{len(failed)} test images cannot be read: {data.shorten(list(failed.values()), 5)}")
+            raise InputError(f"{len(failed)} images cannot be read: {data.shorten(list(failed.values()), 5)}")
 
 
 def announce(settings, out, machine, model, steps_per_epoch, epochs_done):
@@ -465,7 +467,7 @@ class Sweep:
         self.read = functools.cache(functools.partial(read_data, root=machine.root))
 
     def run(self):
-        """Trains and tests everything, and prints the table of all runs in the folder. Returns the exit code."""
+        """Trains and tests everything. If that is several runs, prints the table of --list. Returns the exit code."""
         plan = list_combinations(self.given)
         try:
             for choices in plan:
@@ -506,7 +508,7 @@ class Sweep:
         folder = self.out / run_name(settings)
         print()
         try:
-            if settings["weights"] == os.path.abspath(PRETRAINED):
+            if settings["weights"] == PRETRAINED:
                 pretrain(self.machine)
             splits = self.read(settings["data"], search=settings["search"])
             result = fit(settings, folder, self.machine, test, splits)
@@ -543,7 +545,7 @@ def pretrain(machine):
     It is trained in a temporary folder, which is renamed when it is complete. If two processes do so at once, the
     weights of the first to finish are kept, and those of the other are thrown away.
     """
-    folder = PRETRAINED.parent
+    folder = Path(PRETRAINED).parent
     if is_pretrained(folder):
         return
     print(f"pre-training a small ViT on single objects (once; kept as {PRETRAINED})")
@@ -562,10 +564,11 @@ def pretrain(machine):
 def is_pretrained(folder):
     """Whether the folder holds a finished pre-training with the current settings."""
     result = read_result(folder)
+    if not result or not vit.is_file(folder / "best.pt"):
+        return False
     settings = complete_settings(PRETRAINING)
-    is_complete = result and vit.is_file(folder / "best.pt")
-    # A setting that was added after the pre-training takes its default. JSON has lists for tuples.
-    return bool(is_complete) and json.dumps(settings | result["settings"]) == json.dumps(settings)
+    saved = settings | result["settings"]  # a setting that was added later takes its default
+    return json.dumps(saved) == json.dumps(settings)  # JSON has lists for tuples
 
 
 def print_result(folder, result):
@@ -614,7 +617,7 @@ def list_runs(out):
         except (InputError, data.DataError, TypeError) as error:  # it is damaged, or its method is unknown here
             print(f"{path.parent} is left out: {error}")
             continue
-        key = json.dumps([name, [result.get(entry) for entry in COMPARED]])
+        key = json.dumps([str(path.parent.parent), name, [result.get(entry) for entry in COMPARED]])
         groups.setdefault(key, {})[result["settings"]["seed"]] = result
     if not groups:
         print(f"there is no finished run below {out}")
@@ -673,7 +676,10 @@ def use_tuned(args, given, machine):
         path = path.parent
     failed = {}
     if args.eval:
-        samples = find_test_images(meta, given.get("data"), args.root or meta["root"])
+        root = args.root or Path(meta["root"])
+        if not root.is_dir():  # it has moved
+            root = machine.root
+        samples = find_test_images(meta, given.get("data"), root)
         table = (args.out or path) / "test.csv"
     else:
         samples, failed = find_pictures(args.predict[1:])
@@ -700,7 +706,7 @@ def find_test_images(meta, name, root):
     name = name or meta["settings"]["data"]
     splits = read_data(name, root, meta["settings"]["search"])
     if data.digest(splits) != meta["digest"]:
-        raise InputError(f"the images of {name} are not those of the run, which alone it can be tested on")
+        raise InputError(f"the images of {name} are not those of the run, and a run can only be tested on its own")
     if not splits.test:
         raise InputError(f"{name} has no test images")
     return splits.test
@@ -735,7 +741,7 @@ def list_predictions(samples, probabilities, classes):
 
 
 def print_test(rows):
-    """Prints the accuracy, that of each class, the worst first, and the most frequent confusions."""
+    """Prints the accuracy, that of the worst classes, and the most frequent confusions."""
     counts = Counter()
     correct = Counter()
     confused = Counter()
@@ -820,7 +826,7 @@ def report(error, what=""):
 HELP_TEXTS = f"""
     data            a folder of images, {', '.join(data.GROUPS)}, {', '.join(data.TABLE)}
     method          {', '.join(sa2vp.METHODS)}
-    weights         the backbone: a file, {', '.join(vit.BACKBONES)}, or scratch (a small ViT, untrained)
+    weights         the backbone: a file, {', '.join(vit.BACKBONES)}, or, for full, scratch (a small ViT, untrained)
     image_size      pixels, a multiple of the patch size
     heads           of the backbone, if the weights do not say it
     normalize       half, imagenet, or mean and std as six numbers with commas, if the weights do not say it
@@ -828,7 +834,7 @@ HELP_TEXTS = f"""
     epochs          passes over the training images
     warmup          share of the epochs in which the learning rate rises
     batch_size      for a folder of your own by default 1/16 of the training images, between 4 and 64
-    lr              peak of the learning rate
+    lr              peak of the learning rate ({', '.join(f'{name} {lr}' for name, lr in LEARNING_RATE.items())})
     weight_decay    of AdamW
     keep            the epoch to test: best (on validation data) or last
     inner_dim       r, the rank of the prompt map and the hidden width of the adapters
@@ -895,22 +901,15 @@ PARSERS = {  # by the type of an option's default or, where that does not tell, 
 
 
 def add_options(parser):
-    """Adds a flag for every setting and every option of a method. One that is not given is absent from the result."""
+    """Adds a flag for every setting but `search`, and every option of a method. One not given is absent from args."""
     for name, default in all_options().items():
         if name == "search":
             continue
         if name not in PARSERS and type(default) not in PARSERS:
             raise InputError(f"option {name} with default {default} needs a row in train.PARSERS")
-        defaults = {}  # {default: the first method that has it}
-        for method in sa2vp.METHODS:
-            defaults.setdefault(text(defaults_of(method).get(name)), method)
-        defaults.pop("none", None)
         help_text = HELP.get(name, "an option of a method")
-        if len(defaults) == 1:
-            help_text += f"; default {next(iter(defaults))}"
-        else:
-            for value, method in defaults.items():
-                help_text += f"; default of {method} {value}"
+        if default is not None:
+            help_text += f"; default {text(default)}"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             nargs="+",

@@ -1,6 +1,7 @@
 """A plain Vision Transformer (ViT), written out by hand, and the readers of its published weights.
 
-This module knows nothing of prompts. Modules have timm's names, so a state dict of either loads into the other.
+This module knows nothing of prompts. Modules have timm's names, so the state dict of a timm ViT without its head loads
+into it, and the other way round.
 In shapes, N is the number of patches and d the width of a token.
 """
 
@@ -37,7 +38,8 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(batch, tokens, d) -> q, k, v, each (batch, heads, tokens, d / heads)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (batch, tokens, 3, heads, d / heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(self, q, k, v, mask=None):
         """Wo softmax(q k^T / sqrt(d / heads)) v: one token per query, (batch, queries, d).
@@ -119,7 +121,10 @@ class VisionTransformer(nn.Module):
         )
 
     def embed(self, images):
-        """[cls ; patches] + E_pos: (batch, 3, height, width) -> (batch, 1 + N, d). InputError for another size."""
+        """Drop([cls ; patches] + E_pos), images (batch, 3, height, width) -> (batch, 1 + N, d).
+
+        InputError for images of another size.
+        """
         size = tuple(images.shape[-2:])
         if size != self.image_size:
             raise InputError(f"images are {size} pixels, the model takes {self.image_size}")
@@ -275,10 +280,10 @@ def download(name):
 
 @contextmanager
 def arriving(path):
-    """Yields a temporary path to write a file to. The file moves to `path` if the block ends without an error.
+    """Yields a temporary path to write a file to. When the block ends without an error, the file moves to `path`.
 
-    So `path` is there whole or not at all. The temporary folder is this process's own, beside `path`, whose parents
-    are made.
+    So `path` is there whole or not at all. Each process has a temporary folder of its own, beside `path`. Missing
+    parents of `path` are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".arriving-") as folder:
@@ -383,7 +388,7 @@ def config_settings(config):
 
 
 def usual_heads(dim, prefix):
-    """The usual number of heads of width `dim`, None if there is none. `prefix` is of the tensors in their file."""
+    """The usual number of heads of width `dim`, None if there is none. `prefix` begins its tensors' names."""
     if dim in (1280, 1408, 1664):  # ViT-H, ViT-g and ViT-G
         return 16
     if dim == 384 and "base_encoder" in prefix:  # MoCo-v3's ViT-S
@@ -508,7 +513,7 @@ def rename(tensors, prefix, table):
 
 
 def from_google(tensors):
-    """From Google's layouts to timm's: there inputs come first, and heads have a dimension of their own."""
+    """To timm's layouts from Google's, where inputs come first and heads have a dimension of their own."""
     for name, tensor in tensors.items():
         if name.endswith("bias"):
             tensors[name] = tensor.flatten()
