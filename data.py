@@ -392,10 +392,12 @@ def read_torchvision(kind, classes, source, root, search):
     if kind in ("DTD", "Food101"):
         read = partial(read, loader=Path)  # its images are decoded later
     samples = []
-    with reading(f"{kind} below {root}, which comes from {source}", "; unpack it there, or delete damaged files"):
+    with reading(f"{kind} below {root}", f"; lay it out as torchvision does, from {source}, or delete what is damaged"):
         for split in splits:
             images = read(root, split, download=True)
             samples.append([(x if isinstance(x, Path) else np.asarray(x), int(label)) for x, label in images])
+        if len({label for _, label in samples[0]}) < classes:  # torchvision numbers the folders that are there
+            raise ValueError("some classes have no training images")
     names = getattr(images, "classes", [f"class {label}" for label in range(classes)])
     if len(splits) == 3:
         return Splits(*samples, names, "official split")
@@ -487,9 +489,9 @@ def transform(kind, image_size, mean, std, training=False):
     """Returns a transform: PIL image -> (3, height, width), normalized by mean and std per RGB channel.
 
     Args:
-        kind: "crop-flip" (FGVC): the short side is resized to 256 / 224 of the size; then a random crop and flip in
-            training, the centre crop in testing. "crop": the same without flip. "resize" (VTAB-1k, HTA): the whole
-            image is squeezed to the size. Raises DataError for anything else.
+        kind: "crop-flip" (FGVC): the short side is resized to 256 / 224 of the longer of `image_size`; then a random
+            crop and flip in training, the centre crop in testing. "crop": the same without flip. "resize" (VTAB-1k,
+            HTA): the whole image is squeezed to the size. Raises DataError for anything else.
         image_size: (height, width) in pixels.
         mean, std: of each channel, for values in [0, 1].
     """
@@ -499,7 +501,7 @@ def transform(kind, image_size, mean, std, training=False):
         steps = [transforms.Resize(image_size)]
     else:
         crop = transforms.RandomCrop if training else transforms.CenterCrop
-        steps = [transforms.Resize(round(min(image_size) * 256 / 224)), crop(image_size)]
+        steps = [transforms.Resize(round(max(image_size) * 256 / 224)), crop(image_size)]
     if kind == "crop-flip" and training:
         steps.append(transforms.RandomHorizontalFlip())
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])

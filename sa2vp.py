@@ -32,11 +32,11 @@ from vit import InputError, fingerprint, interpolate_positions, load_tensors, lo
 
 
 class FullPrecisionLinear(nn.Linear):
-    """A linear layer without autocast: logits and the residual stream of the prompts keep their precision."""
+    """A linear layer that autocast leaves in its own precision, for the logits and the prompts' residual stream."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x)
+            return super().forward(x.to(self.weight.dtype))
 
 
 class PromptMap(nn.Module):
@@ -327,10 +327,12 @@ class AdapterTuning(ViTClassifier):
 
 # A new method is a class, or a function that returns a model, and a row here.
 # - It takes a backbone, the number of classes and its options. Options are written out, each with a default, and become
-#   flags. A default of another type than number, text or bool needs a row in PARSERS in train.py.
+#   flags. None has the name of a setting of every run (DEFAULTS in train.py). A default of another type than number,
+#   text or bool needs a row in PARSERS in train.py.
 # - Unless it trains the backbone, it freezes it (`freeze`) before it adds modules. The backbone is its `vit`, the
 #   classifier its `head` (`make_head`). Its forward returns (logits,), or (base_logits, prompt_logits) as SA2VP's does.
-# - All its state is in parameters and buffers. Nothing is merged or cached in evaluation mode.
+# - All its state is in trained parameters, in buffers and in the backbone: a frozen tensor of its own is a buffer.
+#   Nothing is merged or cached in evaluation mode.
 # Settings that a data set has for one method, such as its learning rate, are in `by_method` in data.py. A new method
 # has none of them unless a row there names it.
 METHODS = {"sa2vp": SA2VP, "vpt": VPTDeep, "adapter": AdapterTuning, "linear": linear_probe, "full": ViTClassifier}

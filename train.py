@@ -73,13 +73,16 @@ PRETRAINING = {"data": "shapes-source", "method": "full", "epochs": 16, "batch_s
 def complete_settings(given):
     """All settings of a run from those given, {name: value}: fills in the defaults, drops options of other methods.
 
-    InputError for a name that is neither a setting nor an option of any method, and for a value out of range.
+    `given` has at least data and method. InputError for a name that is neither a setting nor an option of any method,
+    and for a value out of range.
     """
     row = data.find(given["data"])
     method = given["method"]
     settings = defaults_of(method)
     for changes in (row.settings, row.by_method.get(method, {}), given):
         for name, value in changes.items():
+            if hasattr(value, "item"):  # a number of NumPy, which could not be read from a checkpoint
+                value = value.item()
             if name in settings:
                 settings[name] = value
             elif name not in all_options():
@@ -212,15 +215,16 @@ def print_description(name, described):
 def describe_run(settings, splits, backbone, machine):
     """The description of a run, a dict. It is part of best.pt, last.pt and result.json."""
     meta = {"version": sa2vp.VERSION, "settings": settings}
-    meta["classes"] = list(splits.classes)
+    meta["classes"] = list(map(str, splits.classes))
     meta["images"] = list(map(len, splits[:3]))
     meta["digest"] = data.digest(splits)
-    meta["batch_size"] = settings["batch_size"]
-    if settings["batch_size"] is None:  # of a folder
-        meta["batch_size"] = data.default_batch_size(len(splits.train))
+    meta["batch_size"] = settings["batch_size"] or data.default_batch_size(len(splits.train))
     meta["fingerprint"] = vit.fingerprint(backbone)
-    heads = backbone.blocks[0].attn.heads
-    meta["backbone"] = {"image_size": backbone.image_size, "heads": heads, "normalize": backbone.normalize}
+    meta["backbone"] = {
+        "image_size": backbone.image_size,
+        "heads": backbone.blocks[0].attn.heads,
+        "normalize": backbone.normalize,
+    }
     mean, std = vit.mean_and_std(backbone.normalize)
     meta["input"] = {"kind": settings["transform"], "image_size": backbone.image_size, "mean": mean, "std": std}
     meta["root"] = os.path.abspath(machine.root)
@@ -419,7 +423,7 @@ def evaluate(model, batches, machine):
     None for a pathway that the method does not have, and for both if there are no images.
     """
     accuracies = {"accuracy": None, "prompt_accuracy": None}
-    if len(batches) > 0:
+    if len(batches):
         logits, labels = predict(model, batches, machine)
         correct = (logits.argmax(dim=2) == labels[:, None]).sum(dim=0)  # (pathways,)
         for name, count in zip(accuracies, correct.tolist()):
@@ -491,8 +495,7 @@ class Sweep:
         accuracies = []
         for settings in choices:
             # VTAB-1k has validation images only in a search, where it is trained on 800 of its 1,000 images.
-            is_vtab = settings["data"].startswith("vtab/")
-            result = self.attempt(dict(settings, search=is_vtab), test=False)
+            result = self.attempt(dict(settings, search=settings["data"].startswith("vtab/")), test=False)
             accuracies.append(result["val_accuracy"] if result else -1.0)
         best = max(accuracies)
         if best < 0:
@@ -974,21 +977,18 @@ def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, 1 and a traceback on a bug, 130 on Ctrl-C."""
     try:
         parser = make_parser()
-    except InputError as error:
-        sys.exit(report(error))
-    args = parser.parse_args(argv)
-    given = {}
-    for name in all_options():
-        if hasattr(args, name):
-            given[name] = list(dict.fromkeys(getattr(args, name)))  # each value once
-    tuned = args.eval or args.predict
-    first = {}
-    for name, values in given.items():
-        first[name] = values[0]
-        if tuned and (name not in ("data", "weights", "batch_size") or len(values) > 1):
-            parser.error("--eval and --predict take only --data, --weights and --batch-size, with one value each")
-    socket.setdefaulttimeout(60)  # seconds; without it a download would wait forever for a silent server
-    try:
+        args = parser.parse_args(argv)
+        given = {}
+        for name in all_options():
+            if hasattr(args, name):
+                given[name] = list(dict.fromkeys(getattr(args, name)))  # each value once
+        tuned = args.eval or args.predict
+        first = {}
+        for name, values in given.items():
+            first[name] = values[0]
+            if tuned and (name not in ("data", "weights", "batch_size") or len(values) > 1):
+                parser.error("--eval and --predict take only --data, --weights and --batch-size, with one value each")
+        socket.setdefaulttimeout(60)  # seconds; without it a download would wait forever for a silent server
         machine = choose_machine(args)
         if tuned:
             code = use_tuned(args, first, machine)

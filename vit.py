@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -282,14 +281,16 @@ def download(name):
 def arriving(path):
     """Yields a temporary path to write a file to. When the block ends without an error, the file moves to `path`.
 
-    So `path` is there whole or not at all. Each process has a temporary folder of its own, beside `path`. Missing
-    parents of `path` are made.
+    So `path` is there whole or not at all. The temporary file lies beside it, under a name of its own. Missing parents
+    are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".arriving-") as folder:
-        temporary = Path(folder, path.name)
+    temporary = path.with_name(f".{os.urandom(8).hex()}-{path.name}")
+    try:
         yield temporary
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 is_file = os.path.isfile  # Path.is_file raises an error for a path in a folder that may not be looked into
