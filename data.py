@@ -59,7 +59,7 @@ def find(name):
         return TABLE[name]
     folder = Path(os.path.abspath(os.path.expanduser(name)))
     # A run knows its folder by an absolute path. That folder may be gone: --list still shows the run.
-    if not folder.is_dir() and (folder.exists() or not os.path.isabs(name)):
+    if not os.path.isdir(folder) and not os.path.isabs(name):
         choices = f"a folder (unpack an archive first), a name that --help lists, or a group ({', '.join(GROUPS)})"
         raise DataError(f"no data set and no folder is named {name!r}: give {choices}")
     return DataSet(
@@ -181,14 +181,14 @@ def class_folders(folder):
 def images_below(folder):
     """Returns ({image: parts of its path below the folder}, {reason: paths below it that are left out}), sorted."""
     folder = Path(folder)
-    with reading(f"the folder {folder}", "; if it has moved, give its place by --data"):
+    with reading(f"the folder {folder}", "; unpack an archive first; if it has moved, give its place by --data"):
         root = folder.resolve()
         files = [path.relative_to(folder) for path in walk(folder, root, set(root.parents))]
     runs = {class_path(path.parts) for path in files if path.name == "best.pt"}
     images = {}
     left_out = defaultdict(list)
     for path in sorted(files):
-        if any(map(is_system, path.parts)):
+        if is_system(path.name):
             left_out["hidden or system files"].append(path)
         elif path.suffix.lower() not in datasets.folder.IMG_EXTENSIONS:
             left_out["not images by extension"].append(path)
@@ -200,13 +200,13 @@ def images_below(folder):
 
 
 def walk(folder, root, visited):
-    """Yields all files below a folder. A link to a folder that is read anyway, or lies above, is not followed.
+    """Yields all files below a folder, and like files the folders that are not looked into.
 
-    It is yielded like a file.
+    These are the system's, and links to folders that are read anyway or lie above.
     """
     visited.add(folder.resolve())
     for path in sorted(folder.iterdir()):
-        if not path.is_dir():
+        if is_system(path.name) or not path.is_dir():
             yield path
             continue
         real = path.resolve()
@@ -247,16 +247,18 @@ def split_folders(folder, images, left_out):
             others.add(parts[0])
         if split and len(parts) > 2:
             with_classes.add(split)
-    if others and not with_classes:
+    if others and not with_classes and set(split_of.values()) <= {"train"}:  # a class may have that name
         return {}
     if others:
         raise DataError(f"{folder} has splits, but also images in {shorten(sorted(others), 5)}: move them to a split")
     if "train" not in with_classes:
-        names = ", ".join(split_of) or "images"
-        raise DataError(f"{folder} has {names}, but no training images in <class>/ or train/<class>/: add some")
+        raise DataError(
+            f"{folder} has {', '.join(split_of) or 'images'}, "
+            "but no training images in <class>/ or train/<class>/: add some"
+        )
     for path in Path(folder).iterdir():
         if path.is_dir() and SPLIT_OF.get(path.name.strip().lower(), "train") not in with_classes:
-            raise DataError(f"{path} has no class folders with images: sort images into <class>/ there")
+            raise DataError(f"{path} has no class folders with images: sort images into <class>/, or move it away")
     if len(with_classes) < len(split_of):
         raise DataError(f"{folder} has two names of one split among {', '.join(split_of)}: merge these folders")
     return split_of

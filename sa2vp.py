@@ -217,8 +217,9 @@ class SA2VP(nn.Module):
         self.prompt_map = PromptMap(grid, inner_dim, vit.dim)
         self.interactions = nn.ModuleList()
         for i in range(depth):
-            last = i == depth - 1
-            interaction = BilateralInteraction(vit, grid, inner_dim, scale, window, i in distill, i in fusion, last)
+            interaction = BilateralInteraction(
+                vit, grid, inner_dim, scale, window, i in distill, i in fusion, i == depth - 1
+            )
             self.interactions.append(interaction)
         self.head = make_head(vit, num_classes)
 

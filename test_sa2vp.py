@@ -1554,6 +1554,7 @@ TRAIN = pictures("train/ant", "train/bee")
     (pictures("photos/ant", "photos/bee"), "two or more <class>.* photos/"),  # one folder too high
     (pictures("test/ant", "test/bee"), "no training images in <class>/"),
     (pictures("ant", "bee", "val/ant"), "has splits, but also images in ant, bee: move them"),
+    (pictures("ant", "bee", "test"), "has splits, but also images in ant, bee: move them"),  # not a class "test"
     ({"1.png": None}, "no training images in <class>/"),
     (TRAIN | pictures("test/cow"), "no training images of the classes cow"),
     (TRAIN | pictures("val"), "val has no class folders with images"),  # ImageNet's
@@ -1585,8 +1586,8 @@ def test_what_is_left_out_is_told_by_reason_with_up_to_five_names(tmp_path):
     assert splits.classes == ["ant", "bee"] and sizes(splits) == [18, 2, 10]
     left_out = [note for note in splits.notes if note.startswith("left out")]
     assert left_out == [
-        "left out 7 hidden or system files: __MACOSX/train/ant/0.png, __MACOSX/train/ant/1.png, "
-        "train/.ipynb_checkpoints/0.png, train/.ipynb_checkpoints/1.png, train/ant/._0.png and 2 more",
+        "left out 4 hidden or system files: __MACOSX, train/.ipynb_checkpoints, train/ant/._0.png, "
+        "train/ant/.ipynb_checkpoints",
         "left out 3 not images by extension: run/best.pt, test/bee/1.heic, train/cow/1.jfif",
         "left out 1 images in a folder of runs (with a best.pt): run/show.png",
         "left out 2 images outside class folders: 2.png, test/1.png",
