@@ -102,7 +102,7 @@ def digest(splits):
     """
     header = (splits.classes, *map(len, splits[:3]))
     sha = hashlib.sha256(repr(header).encode())
-    with reading("an image that is listed", "; delete the data set's folder if its download was interrupted"):
+    with reading("an image that is listed", "; put it back, or get the data set again"):
         for image, label in splits.train + splits.val + splits.test:
             content = (*image.parts[-2:], image.stat().st_size) if isinstance(image, Path) else image.tobytes()
             sha.update(f"{label} {content}".encode())
@@ -531,7 +531,7 @@ def open_picture(image):
 def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded. DataError names a file that cannot be read."""
     # Given a path, Pillow maps some TIFFs to memory and turns them twice.
-    with reading(f"the image {path}", "; check its name, make it a JPEG, or leave it out"), open(path, "rb") as file:
+    with reading(f"the image {path}", "; check its name, make it a small JPEG, or omit it"), open(path, "rb") as file:
         picture = Image.open(file)
         check_pixels(picture)
         yield picture

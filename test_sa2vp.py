@@ -1707,7 +1707,7 @@ def test_pixels_that_have_no_agreed_scale_are_refused(tmp_path, kind):
 
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1)])
 def test_an_image_of_extreme_shape_is_refused_before_it_is_resized(tmp_path, size):
-    with pytest.raises(data.DataError, match="1.png: .*over 100 times the other.* or leave it out"):
+    with pytest.raises(data.DataError, match="1.png: .*over 100 times the other.* or omit it"):
         saved(tmp_path / "1.png", Image.new("RGB", size))
 
 

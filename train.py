@@ -679,8 +679,8 @@ def use_tuned(args, given, machine):
         path = path.parent
     failed = {}
     if args.eval:
-        root = args.root or Path(meta["root"])
-        if not root.is_dir():  # it has moved
+        root = args.root or meta["root"]
+        if not os.path.isdir(root):  # it has moved
             root = machine.root
         samples = find_test_images(meta, given.get("data"), root)
         table = (args.out or path) / "test.csv"
@@ -781,7 +781,7 @@ def save(path, content, encoding="utf-8"):
             else:
                 write_csv(temporary, content, encoding)
     except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's on a full disk
-        raise InputError(f"cannot write {path}: {error}; free the disk, or choose another --out") from None
+        raise InputError(f"cannot write {path}: {error}; close it elsewhere, free the disk, or change --out") from None
 
 
 def write_csv(path, rows, encoding):
