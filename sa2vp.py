@@ -332,6 +332,7 @@ class AdapterTuning(ViTClassifier):
 #   text or bool needs a row in PARSERS in train.py.
 # - Unless it trains the backbone, it freezes it (`freeze`) before it adds modules. The backbone is its `vit`, the
 #   classifier its `head` (`make_head`). Its forward returns (logits,), or (base_logits, prompt_logits) as SA2VP's does.
+#   The first logits are the prediction.
 # - All its state is in trained parameters, in buffers and in the backbone: a frozen tensor of its own is a buffer.
 #   Nothing is merged or cached in evaluation mode.
 # Settings that a data set has for one method, such as its learning rate, are in `by_method` in data.py. A new method

@@ -611,7 +611,7 @@ def run_name(settings):
 
 
 def list_runs(out):
-    """--list: prints and writes to list.csv a row for each group of finished runs that differ in the seed alone."""
+    """--list: prints and writes to list.csv a row for the runs of one folder that differ in the seed alone."""
     groups = {}
     for path in sorted(out.glob("**/result.json")):
         try:
