@@ -2096,7 +2096,9 @@ def test_predict_names_unreadable_images_classifies_the_others_and_exits_with_2(
     assert "the image new/damaged.jpg" in printed and "the image absent.jpg" in printed
 
 
-@pytest.mark.parametrize("paths, says", [([], "no image"), (["empty"], "no image in empty"), (["x.jpg"], "no image")])
+@pytest.mark.parametrize("paths, says", [
+    ([], "no image"), (["empty"], "no image in empty"), (["x.jpg", "x.jpg"], "no image"),
+])  # fmt: skip
 def test_predict_without_a_readable_image_is_refused(finished, refusal, paths, says):
     write(Path(), {"empty/a.txt": ""})
     assert says in refusal("--predict", finished, *paths, "--cpu", "--workers", 0)

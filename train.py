@@ -724,9 +724,10 @@ def find_pictures(paths):
         print(f"{len(skipped)} other files are left out: {data.shorten(skipped, 5)}")
     for reason in failed.values():
         print(f"  {reason}")
-    if len(failed) == len(images):
+    samples = [(image, -1) for image in images if image not in failed]
+    if not samples:
         raise InputError("there is no image to classify")
-    return [(image, -1) for image in images if image not in failed], failed
+    return samples, failed
 
 
 def list_predictions(samples, probabilities, classes):
