@@ -53,7 +53,8 @@ def find(name):
     """Returns the row of a data set by its name in TABLE, or a row for a folder by its path. Opens no image.
 
     The settings of a folder were chosen for few images, on validation data. Its batch size is None: it depends on the
-    number of training images, see `default_batch_size`. Raises DataError if there is neither row nor folder.
+    number of training images, see `default_batch_size`. Raises DataError if there is neither row nor folder, unless the
+    path is absolute.
     """
     if name in TABLE:
         return TABLE[name]
@@ -149,7 +150,7 @@ def class_folders(folder):
     images, left_out = images_below(folder)
     split_of = split_folders(folder, images, left_out)
     named = {"train": [], "val": [], "test": []}  # (path, name of the class)
-    ranks = {}  # {path: rank}, by which images are held out: adding an image hardly changes the choice
+    ranks = {}  # {path: hash}: the lowest are held out, so a new image hardly changes the choice
     subfolders = Counter()
     for path, parts in images.items():
         inside = parts[1:] if split_of else parts  # (class, ..., file)
@@ -200,9 +201,9 @@ def images_below(folder):
 
 
 def walk(folder, root, visited):
-    """Yields all files below a folder, and like files the folders that are not looked into.
+    """Yields all files below a folder, and the folders that are skipped.
 
-    These are the system's, and links to folders that are read anyway or lie above.
+    Skipped are system folders, and links to folders that are read anyway or lie above.
     """
     visited.add(folder.resolve())
     for path in sorted(folder.iterdir()):
@@ -223,9 +224,14 @@ def is_system(name):
 
 def class_path(parts):
     """The first parts of a path, which lead to the folder that would be its class."""
-    if parts[0].strip().lower() in SPLIT_OF:
+    if split_named(parts[0]):
         return parts[:2]
     return parts[:1]
+
+
+def split_named(name):
+    """The split that a folder of this name holds, None if it is no split's name."""
+    return SPLIT_OF.get(name.strip().lower())
 
 
 def split_folders(folder, images, left_out):
@@ -240,13 +246,13 @@ def split_folders(folder, images, left_out):
     with_classes = set()  # splits that have class folders with images
     others = set()  # other folders with images
     for parts in images.values():
-        split = SPLIT_OF.get(parts[0].strip().lower())
+        split = split_named(parts[0])
         if split:
             split_of[parts[0]] = split
+            if len(parts) > 2:
+                with_classes.add(split)
         elif len(parts) > 1:
             others.add(parts[0])
-        if split and len(parts) > 2:
-            with_classes.add(split)
     if others and not with_classes and set(split_of.values()) <= {"train"}:  # a class may have that name
         return {}
     if others:
@@ -257,7 +263,7 @@ def split_folders(folder, images, left_out):
             "but no training images in <class>/ or train/<class>/: add some"
         )
     for path in Path(folder).iterdir():
-        if path.is_dir() and SPLIT_OF.get(path.name.strip().lower(), "train") not in with_classes:
+        if path.is_dir() and split_named(path.name) not in (None, *with_classes):
             raise DataError(f"{path} has no class folders with images: sort images into <class>/, or move it away")
     if len(with_classes) < len(split_of):
         raise DataError(f"{folder} has two names of one split among {', '.join(split_of)}: merge these folders")
@@ -315,17 +321,19 @@ def hold_out(samples, share, ranks=None):
 
     Those of lowest rank are held out, where `ranks` is {image: rank}. Without ranks the choice is random, and fixed.
     """
-    order = np.random.default_rng(0).permutation
-    if ranks:
-        order = partial(sorted, key=lambda index: ranks[samples[index][0]])
-    indices = defaultdict(list)  # {label: indices of its samples}
+    classes = defaultdict(list)  # {label: indices of its samples}
     for index, (_, label) in enumerate(samples):
-        indices[label].append(index)
+        classes[label].append(index)
+    rng = np.random.default_rng(0)
     held_out = set()
-    for label in sorted(indices):
-        if len(indices[label]) > 1:
-            count = max(1, round(share * len(indices[label])))
-            held_out.update(order(indices[label])[:count])
+    for _, indices in sorted(classes.items()):
+        if len(indices) > 1:
+            count = max(1, round(share * len(indices)))
+            if ranks:
+                indices.sort(key=lambda index: ranks[samples[index][0]])
+            else:
+                rng.shuffle(indices)
+            held_out.update(indices[:count])
     kept = [sample for index, sample in enumerate(samples) if index not in held_out]
     return kept, [samples[index] for index in sorted(held_out)]
 
@@ -367,14 +375,14 @@ def read_fgvc(folder, images, archive_folder, lists, source, root, search):
 def read_vtab(task, classes, source, root, search):
     """Reads a task of VTAB-1k as its users packed it: 800 + 200 images to train on, in lists of "path label"."""
     fetch(root / "vtab-1k", source, root)
-    listed = partial(read_list, root / "vtab-1k" / task, source, classes)
+    listed = partial(read_list, root / "vtab-1k" / task, classes)
     names = [f"class {label}" for label in range(classes)]
     if search:
         return Splits(listed("train800"), listed("val200"), [], names, "train800 and val200")
     return Splits(listed("train800val200"), [], listed("test"), names, "train800val200")
 
 
-def read_list(folder, source, classes, name):
+def read_list(folder, classes, name):
     """Returns the samples of one of VTAB-1k's lists."""
     path = folder / f"{name}.txt"
     samples = []
@@ -530,7 +538,7 @@ def open_picture(image):
 @contextmanager
 def opened(path):
     """In a `with` block, the PIL image of a file, not yet decoded. DataError names a file that cannot be read."""
-    # Given a path, Pillow maps some TIFFs to memory and turns them twice.
+    # Given a path, Pillow memory-maps some TIFFs and rotates them twice.
     with reading(f"the image {path}", "; check its name, make it a small JPEG, or omit it"), open(path, "rb") as file:
         picture = Image.open(file)
         check_pixels(picture)
@@ -563,10 +571,7 @@ def upright_rgb(picture):
 
 
 def find_images(paths):
-    """Returns the files among the paths and all images below the folders among them, and the other files there.
-
-    Raises DataError if there is no image.
-    """
+    """Returns the files among the paths and all images below the folders among them, and the other files there."""
     images = []
     others = []
     for path in paths:
@@ -576,8 +581,6 @@ def find_images(paths):
             others += sum(left_out.values(), [])
         else:
             images.append(Path(path))
-    if not images:
-        raise DataError(f"there is no image in {shorten(paths, 5) or 'no path'}: give images or folders, JPEG or PNG")
     return images, others
 
 
@@ -593,7 +596,7 @@ def unreadable(images):
 
 
 class Images(Dataset):
-    """Item (index, seed) is (image, label): a (3, height, width) tensor, cropped and flipped as the seed draws."""
+    """Maps (index, seed) to (image, label): a (3, height, width) tensor, which the seed crops and flips, and an int."""
 
     def __init__(self, samples, preprocess):
         self.samples = samples
@@ -655,7 +658,7 @@ def make_loader(samples, preprocessing, batch_size, workers, shuffle_seed=None):
 
 
 def adapted(lr={}, **options):
-    """Returns a row's `by_method`: options for SA2VP and adapter tuning alike, and `lr`, {method: learning rate}."""
+    """Returns a row's `by_method`: `options` for sa2vp and adapter alike, and each method's learning rate in `lr`."""
     by_method = {"sa2vp": dict(options), "adapter": dict(options)}
     for method, rate in lr.items():
         by_method.setdefault(method, {})["lr"] = rate
@@ -775,9 +778,6 @@ def make_table():
         by_method = adapted(inner_dim=int(inner_dim), scale=float(scale))
         rows.append(DataSet(name, read, dict(read_rows(FGVC_SOURCES))[name], {"transform": "crop-flip"}, by_method))
     rows[-1].by_method["sa2vp"]["fusion_layers"] = (4,)  # cars: one new map; that it is in layer 4 is inferred
-    full_size = [row._replace(settings={}) for row in rows[:-1]]  # without cars
-    for name, kind, classes, source in read_rows(TORCHVISION):
-        full_size.append(DataSet(name, partial(read_torchvision, kind, int(classes)), source))
     for group, tasks in VTAB.items():
         groups[group] = []
         for task, classes, inner_dim, scale, batch_size, lr in read_rows(tasks):
@@ -790,10 +790,13 @@ def make_table():
             rows.append(DataSet(f"vtab/{task}", read, VTAB_1K, settings, by_method))
     # For HTA the released code has a table of six data sets. In five of them, test accuracy chooses the epoch. The
     # validation images of GTSRB and Food101 can overlap the training images. All images are resized by default.
+    full_size = rows[:4]  # FGVC's without cars
+    for name, kind, classes, source in read_rows(TORCHVISION):
+        full_size.append(DataSet(name, partial(read_torchvision, kind, int(classes)), source))
     groups["hta"] = []
     for row in full_size:
         groups["hta"].append(f"hta/{row.name}")
-        rows.append(row._replace(name=f"hta/{row.name}", by_method=adapted(inner_dim=64)))
+        rows.append(row._replace(name=f"hta/{row.name}", settings={}, by_method=adapted(inner_dim=64)))
     return {row.name: row for row in rows + DRAWN}, groups
 
 

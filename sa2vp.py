@@ -72,12 +72,12 @@ def aligned_neighbourhood(grid, other_grid, window):
     and window 3 that is the 3x3 window around its own place, cut off at the border. InputError if a token would have
     nothing to attend to.
     """
+    if window % 2 == 0:
+        raise InputError(f"window {window} must be odd")
     rows = near(grid[0], other_grid[0], window)
     columns = near(grid[1], other_grid[1], window)
     mask = nn.functional.pad(torch.kron(rows, columns), (1, 0, 1, 0))  # a row and a column of False: the class tokens
     mask[0] = True
-    if window % 2 == 0:
-        raise InputError(f"window {window} must be odd")
     if not mask.any(1).all():
         raise InputError(f"window {window} leaves tokens of the grid {grid} nothing to attend to in {other_grid}")
     return mask
@@ -199,6 +199,7 @@ class SA2VP(nn.Module):
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1, window=3, prompt_grid=None,
                  distill_layers=None, fusion_layers=None):  # fmt: skip
         super().__init__()
+        check("inner_dim", inner_dim, 1)
         check("scale", scale, 0)
         depth = len(vit.blocks)
         # As in the released code the first interaction distils. In the paper's figure it prompts.

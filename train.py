@@ -151,8 +151,6 @@ def fit(settings, out, machine, test=True, splits=None):
     val_batches = data.make_loader(splits.val, **loading)
     check_before_training(settings, splits, test)
     save(out / "settings.json", settings)  # shows now, before the first epoch, whether the folder can be written
-    if not test:
-        splits = splits._replace(test=[])  # without images, the test accuracy is None
     announce(settings, out, machine, model, len(train_batches), len(history))
 
     for epoch in range(len(history), settings["epochs"]):
@@ -178,6 +176,8 @@ def fit(settings, out, machine, test=True, splits=None):
     save(out / "best.pt", dict(meta, history=history[: kept["epoch"]], trained=kept["trained"]))
     sa2vp.load_trained(model, kept["trained"])
     result = dict(meta, best_epoch=kept["epoch"], val_accuracy=history[kept["epoch"] - 1]["val_accuracy"])
+    if not test:
+        splits = splits._replace(test=[])  # without images, the test accuracy is None
     result.update(evaluate(model, data.make_loader(splits.test, **loading), machine))
     result.update(trainable=sa2vp.count_trained(model), seconds=sum(row["seconds"] for row in history))
     save(out / "result.json", result)
@@ -235,7 +235,7 @@ def describe_run(settings, splits, backbone, machine):
     return meta
 
 
-COMPARED = {  # entries of the description that must not have changed, and what a change is called
+COMPARED = {  # entries of the description that must stay the same, and words for a change
     "images": "{} training, validation and test images, now {}",
     "digest": "different images or classes",
     "batch_size": "batch size {}, now {}",
@@ -251,12 +251,12 @@ def check_same(path, before, meta):
     settings = meta["settings"]
     differences = []
     for key, words in COMPARED.items():
-        if key in before and json.dumps(before[key]) != json.dumps(meta[key]):  # JSON has lists for tuples
+        if key in before and not same(before[key], meta[key]):
             differences.append(words.format(before[key], meta[key]))
     # A setting that was added after the run was saved takes its default.
     earlier = complete_settings({"data": settings["data"], "method": settings["method"]}) | before["settings"]
     for name in sorted(settings.keys() - UNCOMPARED):
-        if json.dumps(earlier[name]) != json.dumps(settings[name]):
+        if not same(earlier[name], settings[name]):
             differences.append(f"{name} {text(earlier[name])}, now {text(settings[name])}")
     if differences:
         raise InputError(f"{path} is of a run with {differences[0]}; choose another --out, or delete the run's folder")
@@ -552,16 +552,16 @@ def pretrain(machine):
     if is_pretrained(folder):
         return
     print(f"pre-training a small ViT on single objects (once; kept as {PRETRAINED})")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pretraining-") as temporary:
-        fit(complete_settings(PRETRAINING), Path(temporary, "new"), machine)
-        try:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pretraining-") as temporary:
+            fit(complete_settings(PRETRAINING), Path(temporary, "new"), machine)
             if folder.exists() and not is_pretrained(folder):
                 folder.rename(Path(temporary, "old"))  # of other settings
             Path(temporary, "new").rename(folder)
-        except OSError:
-            if not is_pretrained(folder):
-                raise
+    except OSError as error:
+        if not is_pretrained(folder):
+            raise InputError(f"cannot make {folder}: {error}") from error
 
 
 def is_pretrained(folder):
@@ -571,7 +571,7 @@ def is_pretrained(folder):
         return False
     settings = complete_settings(PRETRAINING)
     saved = settings | result["settings"]  # a setting that was added later takes its default
-    return json.dumps(saved) == json.dumps(settings)  # JSON has lists for tuples
+    return same(saved, settings)
 
 
 def print_result(folder, result):
@@ -590,7 +590,7 @@ def changed_settings(settings):
     changed = {}
     for name in sorted(defaults, key=lambda name: name in ("seed", "search")):  # these two come last
         value = settings.get(name, defaults[name])
-        if json.dumps(value) != json.dumps(defaults[name]):
+        if not same(value, defaults[name]):
             changed[name] = value
     return changed
 
@@ -629,8 +629,7 @@ def list_runs(out):
     for group in groups.values():
         rows.append(summarise(list(group.values())))
     print_table(rows)
-    save(out / "list.csv", rows)
-    print(f"wrote {out / 'list.csv'}")
+    write_table(out / "list.csv", rows)
     return 0
 
 
@@ -670,53 +669,34 @@ def print_table(rows):
 # ---------------------------------------------------------------------- a tuned model
 
 
-def use_tuned(args, given, machine):
-    """--eval or --predict with the model of a finished run. `given` is {option: value}. Returns the exit code."""
-    path = args.eval or args.predict[0]
-    model, meta = sa2vp.load(path, given.get("weights"))
-    model.to(machine.device)
-    if not path.is_dir():
-        path = path.parent
-    failed = {}
-    if args.eval:
-        root = args.root or meta["root"]
-        if not os.path.isdir(root):  # it has moved
-            root = machine.root
-        samples = find_test_images(meta, given.get("data"), root)
-        table = (args.out or path) / "test.csv"
-    else:
-        samples, failed = find_pictures(args.predict[1:])
-        table = (args.out or Path()) / "predictions.csv"
-    batch_size = given.get("batch_size", meta["batch_size"])
-    sa2vp.check("batch_size", batch_size, 1)
-    batches = data.make_loader(samples, meta["input"], batch_size, machine.workers)
-    logits, _ = predict(model, tqdm(batches, leave=False, disable=None), machine)
-    rows = list_predictions(samples, logits[:, 0].softmax(dim=1), meta["classes"])
-    if args.eval:
-        print_test(rows)
-    elif len(rows) <= 20:
-        print_table(rows)
-    save(table, rows, encoding="utf-8-sig")  # with a byte-order mark, so that Excel reads UTF-8
-    print(f"wrote {table}")
-    return 2 if failed else 0
-
-
-def find_test_images(meta, name, root):
-    """The samples for --eval: the run's test images, where it had them or in the folder `name`.
+def test_again(args, given, machine):
+    """--eval: tests a finished run on its own images, here or in another folder. `given` is {option: value}.
 
     InputError if the images have changed since the run, because its training images could be among the test images.
     """
-    name = name or meta["settings"]["data"]
+    model, meta = sa2vp.load(args.eval, given.get("weights"))
+    root = args.root or meta["root"]
+    if not os.path.isdir(root):  # it has moved
+        root = machine.root
+    name = given.get("data", meta["settings"]["data"])
     splits = read_data(name, root, meta["settings"]["search"])
     if data.digest(splits) != meta["digest"]:
         raise InputError(f"the images of {name} are not those of the run, and a run can only be tested on its own")
     if not splits.test:
         raise InputError(f"{name} has no test images")
-    return splits.test
+    rows = classify(model, meta, splits.test, given, machine)
+    print_test(rows)
+    folder = args.eval
+    if not folder.is_dir():  # it is best.pt
+        folder = folder.parent
+    write_table((args.out or folder) / "test.csv", rows)
+    return 0
 
 
-def find_pictures(paths):
-    """The samples for --predict, whose label is -1, and {image: reason} of images that cannot be read."""
+def predict_images(args, given, machine):
+    """--predict: classifies files and folders. `given` is {option: value}. Returns 2 if an image cannot be read."""
+    run, *paths = args.predict
+    model, meta = sa2vp.load(run, given.get("weights"))
     images, skipped = data.find_images(paths)
     failed = data.unreadable(images)
     print(f"{len(images)} images, {len(failed)} of them unreadable")
@@ -724,21 +704,29 @@ def find_pictures(paths):
         print(f"{len(skipped)} other files are left out: {data.shorten(skipped, 5)}")
     for reason in failed.values():
         print(f"  {reason}")
-    samples = [(image, -1) for image in images if image not in failed]
+    samples = [(image, -1) for image in images if image not in failed]  # -1: the class is unknown
     if not samples:
-        raise InputError("there is no image to classify")
-    return samples, failed
+        raise InputError("there is no image to classify: give images or folders, JPEG or PNG")
+    rows = classify(model, meta, samples, given, machine)
+    if len(rows) <= 20:
+        print_table(rows)
+    write_table((args.out or Path()) / "predictions.csv", rows)
+    return 2 if failed else 0
 
 
-def list_predictions(samples, probabilities, classes):
+def classify(model, meta, samples, given, machine):
     """A row for each image: its file, its true class if it is known, the predicted class and its probability."""
+    batch_size = given.get("batch_size", meta["batch_size"])
+    sa2vp.check("batch_size", batch_size, 1)
+    batches = data.make_loader(samples, meta["input"], batch_size, machine.workers)
+    logits, _ = predict(model.to(machine.device), tqdm(batches, leave=False, disable=None), machine)
+    largest, guesses = logits[:, 0].softmax(dim=1).max(dim=1)
     rows = []
-    largest, guesses = probabilities.max(dim=1)
     for i, (image, label) in enumerate(samples):
         row = {"file": image if isinstance(image, Path) else i}
         if label >= 0:
-            row["true class"] = classes[label]
-        row["predicted class"] = classes[guesses[i]]
+            row["true class"] = meta["classes"][label]
+        row["predicted class"] = meta["classes"][guesses[i]]
         row["probability"] = largest[i].item()
         rows.append(row)
     return rows
@@ -794,12 +782,23 @@ def write_csv(path, rows, encoding):
         table.writerows(rows)
 
 
+def write_table(path, rows):
+    """Writes a .csv file for a spreadsheet, and prints its name."""
+    save(path, rows, encoding="utf-8-sig")  # with a byte-order mark, so that Excel reads UTF-8
+    print(f"wrote {path}")
+
+
 def save_metrics(out, history):
     """Writes metrics.csv. It is only a warning if it cannot be written, such as while a spreadsheet has it open."""
     try:
         save(out / "metrics.csv", history)
     except InputError as error:
         print(f"warning: {error}")
+
+
+def same(a, b):
+    """Whether two values are equal in JSON, which turns tuples into lists."""
+    return json.dumps(a) == json.dumps(b)
 
 
 def text(value):
@@ -814,7 +813,7 @@ def text(value):
 
 
 def report(error, what=""):
-    """Prints an error. Returns the exit code: 2 for what the user can fix, one sentence; 1 for a bug, its traceback."""
+    """Prints an error, of a bug with its traceback. Returns the exit code: 1 for a bug, 2 for what the user can fix."""
     if isinstance(error, torch.OutOfMemoryError):
         error = InputError("not enough GPU memory: use a smaller --batch-size")
     is_bug = not isinstance(error, (InputError, data.DataError))
@@ -909,7 +908,8 @@ def add_options(parser):
     for name, default in all_options().items():
         if name == "search":
             continue
-        if name not in PARSERS and type(default) not in PARSERS:
+        parse = PARSERS.get(name) or PARSERS.get(type(default))
+        if not parse:
             raise InputError(f"option {name} with default {default} needs a row in train.PARSERS")
         help_text = HELP.get(name, "an option of a method")
         if default is not None:
@@ -920,7 +920,7 @@ def add_options(parser):
             action="extend",
             metavar="X",
             default=argparse.SUPPRESS,
-            type=PARSERS.get(name) or PARSERS[type(default)],
+            type=parse,
             choices=CHOICES.get(name),
             help=help_text,
         )
@@ -974,29 +974,34 @@ def choose_machine(args):
     return Machine(device, dtype, args.workers, args.compile, args.root or Path("data"))
 
 
+def run_command(argv):
+    """Does what the command line asks for. Returns the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    given = {}
+    for name in all_options():
+        if hasattr(args, name):
+            given[name] = list(dict.fromkeys(getattr(args, name)))  # each value once
+    socket.setdefaulttimeout(60)  # seconds; without it a download would wait forever for a silent server
+    machine = choose_machine(args)
+    if args.list:
+        return list_runs(args.out or Path("runs"))
+    if not args.eval and not args.predict:
+        return Sweep(given, args.out or Path("runs"), machine).run()
+    first = {}
+    for name, values in given.items():
+        first[name], *others = values
+        if others or name not in ("data", "weights", "batch_size"):
+            parser.error("--eval and --predict take only --data, --weights and --batch-size, with one value each")
+    if args.eval:
+        return test_again(args, first, machine)
+    return predict_images(args, first, machine)
+
+
 def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, 1 and a traceback on a bug, 130 on Ctrl-C."""
     try:
-        parser = make_parser()
-        args = parser.parse_args(argv)
-        given = {}
-        for name in all_options():
-            if hasattr(args, name):
-                given[name] = list(dict.fromkeys(getattr(args, name)))  # each value once
-        tuned = args.eval or args.predict
-        first = {}
-        for name, values in given.items():
-            first[name] = values[0]
-            if tuned and (name not in ("data", "weights", "batch_size") or len(values) > 1):
-                parser.error("--eval and --predict take only --data, --weights and --batch-size, with one value each")
-        socket.setdefaulttimeout(60)  # seconds; without it a download would wait forever for a silent server
-        machine = choose_machine(args)
-        if tuned:
-            code = use_tuned(args, first, machine)
-        elif args.list:
-            code = list_runs(args.out or Path("runs"))
-        else:
-            code = Sweep(given, args.out or Path("runs"), machine).run()
+        code = run_command(argv)
     except KeyboardInterrupt:
         code = 130
         print("interrupted; the same command resumes a run after its last completed epoch", file=sys.stderr)

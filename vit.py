@@ -224,19 +224,21 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
     path = find_file(weights)
     content = read_file(path)
     try:
-        prefix, table, notes = find_encoder(flatten(content))
-        tensors = rename(flatten(content), prefix, table)
+        tensors = flatten(content)
+        prefix, table, notes = find_encoder(tensors)
+        tensors = rename(tensors, prefix, table)
         dim = tensors["cls_token"].size(-1)
         usual = {"heads": usual_heads(dim, prefix), "normalize": "imagenet"}
+        known = {}  # without a doubt, and so without a note
+        if weights in BACKBONES:
+            known = usual | {"normalize": BACKBONES[weights][1]}
+        elif table is GOOGLE:
+            known = {"heads": len(tensors["blocks.0.attn.query.bias"]), "normalize": "half"}
+        elif "trained" in content:  # a best.pt of this project
+            known = content["backbone"]
         # Each of these steps fills in only what the steps before it left open.
         settings = {"heads": heads, "normalize": normalize}
-        if weights in BACKBONES:
-            usual["normalize"] = BACKBONES[weights][-1]
-            fill(settings, usual)
-        elif table is GOOGLE:
-            fill(settings, {"heads": len(tensors["blocks.0.attn.query.bias"]), "normalize": "half"})
-        elif "trained" in content:  # a best.pt of this project
-            fill(settings, content["backbone"])
+        fill(settings, known)
         if None in settings.values():
             notes += fill_from_configs(settings, path.parent, dim, count_layers(tensors))
         notes += fill(settings, usual, "assumed")
@@ -346,7 +348,7 @@ def load_tensors(targets, tensors):
 
 
 def fill(settings, stated, source=""):
-    """Fills in what the settings leave open and `stated` has. Returns a note for each."""
+    """Fills in the settings that are None and that `stated` has. Returns a note for each."""
     notes = []
     for key, value in settings.items():
         if value is None and stated.get(key) is not None:
