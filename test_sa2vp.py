@@ -458,6 +458,21 @@ def test_dropout_of_one_rate_is_on_both_pathways_the_encoder_and_the_adapters():
         assert 0.3 < (tokens == 0).double().mean() < 0.7
 
 
+def test_dropout_acts_where_the_equations_have_it():
+    def twice(x):
+        return 2 * x
+
+    block = small_vit().blocks[0]
+    adapter = sa2vp.PromptAdapter(16, 4, twice)
+    z = torch.randn(2, 5, 16)
+    q, k, v = block.start(z)
+    c = sa2vp.SpatiallyAlignedCrossAttention(None, twice)(block, z, q, k, v)
+
+    torch.testing.assert_close(c, z + 2 * block.attn.attend(q, k, v))
+    torch.testing.assert_close(adapter(z), 2 * adapter.up(2 * F.gelu(adapter.down(adapter.norm(z)))))
+    assert [type(layer).__name__ for layer in block.mlp] == ["Linear", "GELU", "Dropout", "Linear", "Dropout"]
+
+
 @pytest.mark.parametrize("method", [*sa2vp.METHODS, "new"])
 def test_in_bfloat16_only_the_inputs_of_matrix_products_are_rounded(new_method, method):
     model = sa2vp.build(small_vit(), 3, {"method": method, "dropout": 0.0})
@@ -482,6 +497,8 @@ def test_in_bfloat16_only_the_inputs_of_matrix_products_are_rounded(new_method, 
 
 def test_initialisation_is_the_methods():
     model = sa2vp.SA2VP(vit.VisionTransformer(64, 16, 256, 5, 4), 50, inner_dim=16)
+    for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.4.mlp.fc2.weight", "pos_embed"):
+        assert model.vit.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.1), name
     for name, tensor in sa2vp.trained_parameters(model).items():
         std = tensor.std().item()
         if name.endswith(("tokens", "gate", "head.weight")):
@@ -492,6 +509,13 @@ def test_initialisation_is_the_methods():
             assert (tensor == name.endswith("weight")).all()
         elif name != "head.bias":
             assert std < 1e-5, name
+
+
+def test_half_a_prompt_map_is_rounded_down_and_new_ones_enter_all_layers_of_d_but_0():
+    model = sa2vp.SA2VP(small_vit((48, 80)), 3, prompt_grid="half", distill_layers=(1, 3))
+
+    assert model.prompt_grid == (1, 2)
+    assert [i for i, interaction in enumerate(model.interactions) if interaction.fusion] == [1, 3]
 
 
 # ---------------------------------------------------------------------- baselines and looking inside
@@ -656,6 +680,17 @@ def test_vit_equals_torchvision_with_the_same_weights(tmp_path):
     torch.testing.assert_close(ours(pictures), theirs(pictures), rtol=1e-5, atol=1e-5)
 
 
+def test_images_of_another_size_are_refused():
+    with pytest.raises(vit.InputError, match="33, 33"):
+        small_vit()(torch.zeros(1, 3, 33, 33))
+
+
+def test_every_published_backbone_has_its_own_address_and_normalization():
+    assert len({url for url, _ in vit.BACKBONES.values()}) == len(vit.BACKBONES)
+    normalize = {name: known for name, (_, known) in vit.BACKBONES.items()}
+    assert normalize == dict.fromkeys(vit.BACKBONES, "imagenet") | {"imagenet21k": "half"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_backbone_is_found_in_every_kind_of_file_under_every_publishers_names_behind_any_others(tmp_path, kind):
     state = small_vit().bfloat16().float().state_dict()
@@ -768,6 +803,7 @@ def test_a_normalization_is_a_name_or_six_numbers():
     assert vit.mean_and_std(list(numbers)) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     assert vit.VisionTransformer(32, 16, 16, 1, 2, normalize=numbers).normalize == numbers
     assert vit.VisionTransformer(32, 16, 16, 1, 2, normalize=[0.5] * 6).normalize == "half"
+    assert vit.canonical_normalize([0.5] * 3 + [0.25] * 3) == (0.5,) * 3 + (0.25,) * 3
 
 
 @pytest.mark.parametrize("normalize", ["nothing", "", None, 0.5, [], [0.5] * 5, [0.5] * 7, {"mean": 0.5},
@@ -905,13 +941,32 @@ def test_the_warm_up_is_a_share_of_the_epochs(workplace):
 
 def test_weight_decay_is_on_matrices_prompt_maps_and_gates_alone():
     model = small_model()
-    groups = train.make_optimizer(model, 0.1).param_groups
+    optimizer = train.make_optimizer(model, 0.1)
+    groups = optimizer.param_groups
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["betas"] == (0.9, 0.999)
 
     decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
     for name, parameter in sa2vp.trained_parameters(model).items():
         decayed = name.endswith(("weight", "tokens", "gate")) and "norm" not in name
         assert decay.pop(parameter) == (0.1 if decayed else 0), name
     assert not decay
+
+
+def test_a_seed_draws_its_own_initialisation_and_its_own_small_vit():
+    weights = []
+    for seed in (1, 1, 2):
+        backbone = train.load_backbone(train.complete_settings(train.PRETRAINING | {"seed": seed}))
+        model = train.build_model(small_vit(), {"settings": {"method": "linear", "seed": seed}, "classes": "ab"}, CPU)
+        weights.append((vit.fingerprint(backbone), model.head.weight.tolist()))
+
+    first, same, other = weights
+    assert first == same and first[0] != other[0] and first[1] != other[1]
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_steps(workplace, monkeypatch):
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(sa2vp, "two_pathway_loss", lambda logits, _: 0 * logits[0].sum() + next(losses))
+    assert read_table(train_run("--method", "linear") / "metrics.csv")[0]["loss"] == "1.5"
 
 
 @pytest.fixture(scope="module", params=[*sa2vp.METHODS, "new"])
@@ -1013,6 +1068,7 @@ def test_predictions_are_the_logits_of_all_pathways_in_the_order_of_images_and_a
     with torch.no_grad():
         expected = torch.stack(model(torch.cat(images)), dim=1)
     torch.testing.assert_close((logits, labels), (expected, torch.cat(expected_labels)))
+    assert not logits.requires_grad
     right = (logits.argmax(dim=2) == labels[:, None]).double().mean(dim=0)
     assert train.evaluate(model, batches, CPU) == dict(zip(("accuracy", "prompt_accuracy"), (100 * right).tolist()))
     assert train.evaluate(model, [], CPU) == {"accuracy": None, "prompt_accuracy": None}
@@ -1052,6 +1108,7 @@ def test_the_last_of_the_best_epochs_or_just_the_last_is_tested_and_stored(workp
 
     best = read_pt(Path("run/best.pt"))
     assert (result["best_epoch"], result["accuracy"], len(best["history"])) == (epoch, 5.0, epoch)
+    assert result["val_accuracy"] == {3: 30.0, 4: 20.0}[epoch]
     assert torch.equal(heads[epoch - 1], heads[4]) and torch.equal(best["trained"]["head.weight"], heads[4])
 
 
@@ -1086,6 +1143,20 @@ def test_a_gpu_that_emulates_bfloat16_takes_float16_and_a_broken_one_is_none(mon
 
     assert (str(machine.device), machine.dtype) == (device, dtype)
     assert torch.backends.cuda.cudnn_sdp_enabled() == (not works)
+
+
+@pytest.mark.parametrize("flags, device", [(["--gpu", "1"], "cuda:1"), ([], "cuda:0"), (["--cpu"], "cpu")])
+def test_the_gpu_is_the_one_asked_for(monkeypatch, flags, device):
+    used = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.append(str(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
+    assert str(choose_machine(*flags).device) == device and used == [device] * (device != "cpu")
+    for index in ("2", "-1"):
+        with pytest.raises(vit.InputError, match=f"no GPU {index}"):
+            choose_machine("--gpu", index)
 
 
 def test_memory_is_not_pinned_while_no_gpu_is_in_use(finished, monkeypatch):
@@ -1141,7 +1212,7 @@ def test_a_run_of_other_images_or_weights_is_refused_with_what_changed(finished,
 @pytest.mark.parametrize("given, says", [
     ({"window": None}, "window 3, now none"), ({"transform": "resize"}, "transform crop-flip, now resize"),
     ({"heads": 2}, "'heads': 2"), ({"normalize": "half"}, "'normalize': 'half'"),
-    ({"batch_size": 2}, "batch size 4, now 2"),
+    ({"batch_size": 2}, "batch size 4, now 2"), ({"lr": 0.1}, "lr 0.003, now 0.1"), ({"seed": 1}, "seed 42, now 1"),
 ])  # fmt: skip
 def test_a_run_of_other_settings_is_refused_with_the_setting(finished, workplace, is_finished, given, says):
     if not is_finished:
@@ -1149,6 +1220,12 @@ def test_a_run_of_other_settings_is_refused_with_the_setting(finished, workplace
     with pytest.raises(vit.InputError) as refused:
         train.fit(settings_of(workplace, **given), finished, CPU)
     assert says in str(refused.value)
+
+
+def test_a_finished_run_without_best_pt_gets_one(finished, workplace):
+    (finished / "best.pt").unlink()
+    train.fit(settings_of(workplace), finished, CPU)
+    sa2vp.load(finished)
 
 
 @pytest.mark.parametrize("name, content", [*(("result.json", raw) for raw in (b"{", b"[]", b"{}")), ("last.pt", b"PK")])
@@ -1237,10 +1314,11 @@ def test_an_interrupted_run_of_version_1_resumes_to_the_same_numbers(finished, w
 
 
 @pytest.mark.parametrize("epochs, warmup_epochs, share", [(100, 10, 0.1), (3, 0, 0.1), (20, 3, 0.15), (20, 0, 0)])
-def test_the_warm_up_epochs_of_version_1_become_a_share(epochs, warmup_epochs, share):
-    run = {"settings": {"epochs": epochs, "warmup_epochs": warmup_epochs, "batch_size": 4}}
+def test_what_version_1_says_of_warm_up_and_crops_is_converted(epochs, warmup_epochs, share):
+    run = {"settings": {"epochs": epochs, "warmup_epochs": warmup_epochs, "batch_size": 4}, "input": {"crop": False}}
     sa2vp.upgrade(run)
     assert run["settings"] == {"epochs": epochs, "warmup": share, "batch_size": 4}
+    assert run["input"] == {"kind": "resize"}
 
 
 def test_a_run_of_a_newer_version_is_refused_with_that_version(finished, workplace):
@@ -1449,6 +1527,11 @@ def test_a_download_of_another_checksum_is_not_used(packed, monkeypatch, tmp_pat
     assert sizes(data.load(packed, tmp_path)) == [16, 4, 8]
 
 
+def test_every_list_of_fgvc_has_a_checksum():
+    for *_, lists, _, _ in data.read_rows(data.FGVC):
+        assert {f"{lists}/{split}.json" for split in ("train", "val", "test")} <= data.CHECKSUMS.keys()
+
+
 @pytest.mark.parametrize("member, kind", [("../out", b"0"), ("link", b"2")])
 def test_no_archive_writes_outside_its_folder(server, tmp_path, member, kind):
     server.folder.mkdir()
@@ -1525,9 +1608,27 @@ def test_of_each_class_the_first_images_by_the_hash_of_their_path_are_held_out(t
         assert held_out == sorted((name, label) for name in expected for label in (0, 1))
 
 
+def test_the_hash_is_of_the_path_inside_the_class_folder_in_any_unicode_form(tmp_path):
+    held_out = []
+    for folder, form in (("a", "e\u0301"), ("b", "\u00e9")):
+        splits = read_folder(tmp_path / folder, pictures(f"ant/{form}", "ant/q", f"bee/{form}", "bee/q", count=5))
+        held_out.append(sorted((image.parts[-2] == "q", image.name, label) for image, label in splits.test))
+    names = [f"{part}/{i}.png" for part in ("\u00e9", "q") for i in range(5)]
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+
+    expected = [(name[0] == "q", name[2:], label) for name in ranked[:2] for label in (0, 1)]
+    assert held_out == [sorted(expected)] * 2
+
+
 def test_the_images_held_out_of_a_benchmark_are_always_the_same():
     _, held_out = data.hold_out([(i, i % 2) for i in range(20)], share=0.2)
     assert held_out == [(5, 1), (8, 0), (12, 0), (19, 1)]
+
+
+def test_a_share_is_rounded_and_the_only_image_of_a_class_is_not_held_out(tmp_path):
+    counts = [len(data.hold_out([(i, 0) for i in range(count)], 0.2)[1]) for count in (1, 2, 9, 12)]
+    assert counts == [0, 1, 2, 2]
+    assert sizes(read_folder(tmp_path, pictures("ant", "bee", count=30))) == [44, 4, 12]
 
 
 @pytest.mark.parametrize("layout, counts", [
@@ -1604,11 +1705,26 @@ def test_few_images_and_those_in_sub_folders_are_told_with_their_number(tmp_path
     ]
 
 
+def test_a_split_may_lack_a_class_and_have_a_folder_of_a_run(tmp_path):
+    run = {"train/run/best.pt": b"", "train/run/show.png": None}
+    splits = read_folder(tmp_path, TRAIN | pictures("test/bee") | run)
+    assert splits.classes == ["ant", "bee"] and {label for _, label in splits.test} == {1}
+
+
+def test_linked_folders_are_read_once_and_under_their_own_name(tmp_path):
+    write(tmp_path, pictures("pets/bee", "elsewhere"))
+    for link, target in (("ant", "bee"), ("cow", "../elsewhere"), ("dog", "../elsewhere")):
+        (tmp_path / "pets" / link).symlink_to(target)
+    images, _ = data.images_below(tmp_path / "pets")
+    assert sorted(parts[0] for parts in images.values()) == ["bee"] * 10 + ["cow"] * 10
+
+
 def test_images_are_found_once_below_folders_and_what_is_named_is_wanted(tmp_path):
-    write(tmp_path, pictures("ant", "bee/more", "__MACOSX/ant") | {"ant/._0.png": b""})
+    files = pictures("ant", "bee/more", "__MACOSX/ant", "ant/@eaDir")
+    write(tmp_path, files | {"ant/._0.png": b"", "bee/IMG_1.JPG": None})
     (tmp_path / "bee/above").symlink_to(tmp_path)
     images, _ = data.find_images([tmp_path, str(tmp_path / "ant/._0.png")])
-    assert len(images) == 21 and images[-1] == tmp_path / "ant/._0.png"
+    assert len(images) == 22 and images[-1] == tmp_path / "ant/._0.png"
 
 
 def test_a_digest_changes_with_files_labels_splits_and_classes_and_not_with_place(tmp_path):
@@ -1635,6 +1751,11 @@ def test_a_digest_is_what_it_was_when_runs_were_stored(tmp_path):
     grey = np.full((1, 1, 3), 128, np.uint8)
     splits = data.Splits([(tmp_path / "a/1.png", 0)], [(grey, 1)], [(tmp_path / "b/2.png", 1)], ["a", "b"], "")
     assert data.digest(splits) == "b90894ad341cc04ca6f697562195e90358256b51b2a514f6871aeb285f9d689a"
+
+
+def test_no_drawn_picture_is_in_two_splits(drawn):
+    splits = data.load(data.find("shapes"), ".")
+    assert len({image.tobytes() for image, _ in splits.train + splits.val + splits.test}) == 32 + 12 + 8
 
 
 def test_the_target_task_of_the_drawn_pictures_is_the_direction_from_red_to_blue():
@@ -1667,10 +1788,15 @@ def test_drawn_pictures_are_bit_for_bit_those_that_were_published(draw_one, begi
 def test_transforms_are_the_papers(kind, training, expected):
     transform = data.transform(kind, (224, 208), mean=(0.5, 0.75, 1.0), std=(0.5, 0.25, 0.1), training=training)
 
+    assert transform.transforms[0].interpolation.value == "bilinear"
     steps = [(type(step).__name__, getattr(step, "size", None)) for step in transform.transforms]
     assert steps == [*expected, ("ToTensor", None), ("Normalize", None)]
     white = transform(Image.new("RGB", (300, 400), "white"))
     assert white.flatten(1).unique(dim=1).tolist() == [[1], [1], [0]]  # every pixel
+
+
+def test_the_short_side_for_crops_is_rounded():
+    assert data.transform("crop", (48, 48), (0.5,) * 3, (0.5,) * 3).transforms[0].size == 55
 
 
 def saved(path, pixels, **options):
@@ -1718,6 +1844,12 @@ def test_an_image_of_extreme_shape_is_refused_before_it_is_resized(tmp_path, siz
 def test_anything_else_is_no_picture(image):
     with pytest.raises(data.DataError, match="a path, a PIL image or a uint8 array"):
         data.open_picture(image)
+
+
+def test_an_image_in_memory_is_not_changed(tmp_path):
+    Image.new("RGB", (9, 7)).save(tmp_path / "1.png", exif=orientation(6))  # on its side
+    image = Image.open(tmp_path / "1.png")
+    assert data.open_picture(image).size == (7, 9) and image.size == (9, 7)
 
 
 def orientation(value):
@@ -1798,6 +1930,17 @@ def test_options_of_other_methods_are_dropped_whether_given_or_a_data_sets(new_m
     given = {"data": "cub", "method": new_method, "lr": 2.0}
     own = {"transform": "crop-flip", "rank": 4, "gated": False, "inner_dim": 5}  # the last is 16 for sa2vp
     assert train.complete_settings(given | {"window": 5}) == train.DEFAULTS | given | own
+
+
+def test_the_defaults_are_the_recipes():
+    recipe = {"weights": "imagenet21k", "image_size": 224, "transform": "resize", "epochs": 100, "warmup": 0.1,
+              "batch_size": 64, "lr": 1e-3, "weight_decay": 1e-4, "keep": "best", "seed": 42}  # fmt: skip
+    assert train.DEFAULTS == train.DEFAULTS | recipe
+    rates = {method: train.defaults_of(method)["lr"] for method in sa2vp.METHODS}
+    assert rates == dict.fromkeys(sa2vp.METHODS, 1e-3) | {"linear": 1e-2, "full": 1e-4}
+    for method in ("sa2vp", "adapter"):
+        options = sa2vp.options(method)
+        assert (options["inner_dim"], options["scale"], options["dropout"]) == (16, 0.1, 0.1)
 
 
 def test_a_name_that_is_no_option_of_any_method_is_refused(monkeypatch):
@@ -1907,13 +2050,31 @@ def test_a_search_tests_the_first_of_the_best_with_every_seed_alone(workplace, c
     assert "weight_decay 1e-09, with validation accuracy" in capsys.readouterr().out
 
 
+def test_a_search_chooses_the_highest_validation_accuracy(workplace, monkeypatch):
+    rates = []
+
+    def pretended(settings, *_):
+        rates.append(settings["lr"])
+        return {"best_epoch": 1, "val_accuracy": 100 * settings["lr"], "accuracy": None}
+
+    monkeypatch.setattr(train, "fit", pretended)
+    exit_code(*complete(["--method", "linear", "--lr", 0.01, 0.03, 0.02]))
+    assert rates == [0.01, 0.03, 0.02, 0.03]
+
+
+def test_without_validation_images_a_run_that_needs_them_is_refused_before_training(workplace, refusal):
+    write(Path("root"), CLEVR)
+    flags = ["--data", "vtab/clevr_count", "--root", "root", "--method", "linear", "--keep", "best"]
+    assert "no validation images to choose by" in refusal(*complete(flags))
+
+
 def test_a_search_says_how_many_combinations_failed(workplace, capsys):
     assert exit_code(*complete(["--lr", 1e30, 1e-3, 1e29])) == 2
 
     printed = capsys.readouterr()
     assert "1 of 3 combinations reach it, 2 failed" in printed.out
     assert "lr 0.001, with validation accuracy" in printed.out
-    assert printed.err.count("failed: the loss is not finite in epoch 1") == 2
+    assert printed.err.count("failed: the loss is not finite in epoch 1: try a lower --lr than 1e+") == 2
     assert len(list(Path("runs").glob("*/last.pt"))) == 1
 
 
@@ -1936,6 +2097,7 @@ def test_vtab_is_searched_without_test_data_and_its_last_epoch_counts(workplace)
     train_run(*flags)
 
     (tested,) = (read_json(path) for path in Path("runs").glob("*/result.json") if "searchTrue" not in str(path))
+    assert [result["images"] for result in searched + [tested]] == [[16, 4, 0]] * 2 + [[20, 0, 8]]
     assert [(result["accuracy"], result["val_accuracy"] is None, result["best_epoch"]) for result in searched] == [
         (None, False, 2)] * 2  # fmt: skip
     assert (tested["accuracy"] is None, tested["val_accuracy"], tested["best_epoch"]) == (False, None, 2)
@@ -1966,6 +2128,36 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(workplace):
     assert [(row["images"], row["seeds"]) for row in rows] == [("20", "1"), ("20", "2"), ("21", "1"), ("21", "1")]
 
 
+def test_runs_of_one_name_on_two_backbones_are_two_rows(workplace):
+    train_run("--method", "linear", out="runs/a")
+    other_weights(workplace)
+    later = train_run("--method", "linear", out="elsewhere")
+    later.rename(Path("runs/a/later"))
+    assert exit_code("--list") == 0 and len(read_table(Path("runs/list.csv"))) == 2
+
+
+def test_an_accuracy_of_0_counts():
+    assert train.known([{"accuracy": 0.0}, {"accuracy": None}], "accuracy") == [0.0]
+
+
+def test_splits_epochs_and_results_are_printed_under_their_names(capsys):
+    splits = data.Splits([0] * 3, [0] * 2, [0], ["a", "b"], "here")
+    row = {"epoch": 1, "loss": 0.5, "lr": 1e-3, "val_accuracy": 10.0, "val_prompt_accuracy": 20.0, "seconds": 30.0}
+    train.print_epoch(row, 4)
+    train.print_result(Path("run"), {"best_epoch": 3, "val_accuracy": 10.0, "accuracy": 20.0})
+
+    assert splits.describe() == "3 training, 2 validation, 1 test images of 2 classes (here)"
+    printed = capsys.readouterr().out
+    assert "validation 10.00 %  30.0 s\nall 4 epochs take about 2.0 minutes\n" in printed
+    assert printed.endswith("run: epoch 3, validation accuracy 10.00 %, test accuracy 20.00 %\n")
+
+
+def test_notes_and_steps_are_printed_before_training(workplace, capsys):
+    train_run("--method", "linear", "--epochs", 2)
+    printed = capsys.readouterr().out
+    assert "2 validation images are few" in printed and "heads 1 assumed" in printed and "in 4 steps" in printed
+
+
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """Small copies of the data sets that are drawn, with a short pre-training, in an empty folder."""
@@ -1984,7 +2176,12 @@ def test_the_default_run_has_the_settings_of_the_readmes_results():
     settings = train.complete_settings({"data": "shapes", "method": "sa2vp"})
     tuned = {"transform": "crop", "batch_size": 32, "epochs": 60, "lr": 5e-3, "weights": "runs/shapes-vit/best.pt"}
     assert settings == settings | tuned | {"inner_dim": 64, "scale": 2.0, "dropout": 0.0}
-    assert (train.PRETRAINING["epochs"], train.PRETRAINING["lr"]) == (16, 2e-3)
+    assert [train.PRETRAINING[name] for name in ("epochs", "lr", "batch_size")] == [16, 2e-3, 32]
+    assert train.SMALL_VIT == {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
+    rates = {method: train.complete_settings({"data": "shapes", "method": method})["lr"] for method in sa2vp.METHODS}
+    assert rates == {"sa2vp": 5e-3, "vpt": 1e-2, "adapter": 1e-2, "linear": 1e-2, "full": 1e-3}
+    counts = [data.TABLE[name].read.args[2] for name in ("shapes", "shapes-source")]
+    assert counts == [(1000, 400, 1000), (7200, 360, 360)]
 
 
 def test_the_default_run_pretrains_its_backbone_once(drawn, capsys):
@@ -2053,6 +2250,11 @@ def test_eval_has_the_accuracy_of_the_run_for_every_method(method_run, new_metho
         assert (f"  {count} of {pair[0]} predicted as {pair[1]}\n" in printed) == (count > 0)
 
 
+def test_eval_prints_the_accuracy_the_mean_over_classes_and_the_worst_class_first(capsys):
+    train.print_test([{"true class": true, "predicted class": "ant"} for true in ("ant", "ant", "ant", "bee")])
+    assert re.findall(r"[\d.]+ %", capsys.readouterr().out) == ["75.00 %", "50.00 %", "0.00 %", "100.00 %"]
+
+
 def test_eval_finds_the_runs_images_in_another_folder(finished, workplace):
     (workplace / "insects").rename(workplace / "moved")
     assert exit_code("--eval", finished, "--data", "../moved", "--out", "report", "--cpu", "--workers", 0) == 0
@@ -2072,6 +2274,8 @@ def test_a_run_remembers_the_folder_of_the_data_sets(workplace, monkeypatch):
     assert exit_code("--eval", out, "--cpu") == 0
     Path(out.parents[1], "root").rename("data")  # a moved project with its data
     assert exit_code("--eval", out, "--cpu") == 0
+    Path(out.parents[1], "root").mkdir()
+    assert exit_code("--eval", out, "--cpu", "--root", "data") == 0
 
 
 def test_predict_writes_a_class_with_its_probability_for_every_image(finished, workplace):
@@ -2169,6 +2373,7 @@ def test_a_file_that_lacks_a_part_is_no_checkpoint(tmp_path):
     ("--data nonsense", "a folder"),
     ("--data cut --workers 1", "failed: cannot read the image"),  # found by a worker, in the first epoch
     ("--batch-size 1000", "fewer than one batch of 1000"), ("--dropout 1", "dropout is 1.0"),
+    ("--weight-decay -1", "weight_decay is -1.0"), ("--seed -1", "seed is -1"), ("--warmup 1", "warmup is 1.0"),
     ("--lr nan", "lr is nan"), ("--lr 0", "lr is 0.0"), ("--epochs 0", "epochs is 0"), ("--inner-dim -1", "inner_dim"),
     ("--prompt-grid 0x7", "prompt grid (0, 7)"), ("--method linear --window 3", "window: not an option of linear"),
     ("--method sa2vp vpt --gated on", "--gated"), ("--method magic", "invalid choice: 'magic'"),
@@ -2210,10 +2415,13 @@ def test_a_command_gives_up_on_a_silent_server(workplace):
     assert socket.getdefaulttimeout() == 60
 
 
-def test_the_home_folder_of_out_is_the_users(workplace, monkeypatch):
+def test_the_home_folder_of_out_and_weights_is_the_users(workplace, monkeypatch):
     monkeypatch.setenv("HOME", str(workplace / "home"))
     train_run("--method", "linear", out="~/x")
+    settings = train.complete_settings({"data": "cub", "method": "full", "weights": "~/vit.pth"})
+
     assert len(list((workplace / "home/x").glob("*/result.json"))) == 1
+    assert settings["weights"] == str(workplace / "home/vit.pth")
 
 
 def test_a_file_that_is_written_is_there_whole_or_as_it_was(tmp_path):
@@ -2224,6 +2432,15 @@ def test_a_file_that_is_written_is_there_whole_or_as_it_was(tmp_path):
         train.save(path, lambda: 0)  # what PyTorch notices when it has written a part
 
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_full_disk_is_no_bug(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(vit.InputError, match="cannot write .*free the disk, or change --out"):
+        train.save(tmp_path / "best.pt", {})
 
 
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
