@@ -104,7 +104,6 @@ class PromptAdapter(nn.Module):
 
     def __init__(self, dim, inner_dim, drop):
         super().__init__()
-        check("inner_dim", inner_dim, 1)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.down = nn.Linear(dim, inner_dim)
         self.up = nn.Linear(inner_dim, dim)
@@ -318,6 +317,7 @@ class AdapterTuning(ViTClassifier):
 
     def __init__(self, vit, num_classes, inner_dim=16, scale=0.1, dropout=0.1):
         super().__init__(freeze(vit, dropout), num_classes)
+        check("inner_dim", inner_dim, 1)
         check("scale", scale, 0)
         self.scale = scale
         self.adapters = nn.ModuleList(PromptAdapter(vit.dim, inner_dim, vit.drop) for _ in vit.blocks)

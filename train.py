@@ -561,7 +561,7 @@ def pretrain(machine):
             Path(temporary, "new").rename(folder)
     except OSError as error:
         if not is_pretrained(folder):
-            raise InputError(f"cannot make {folder}: {error}") from error
+            raise InputError(f"cannot make {folder}: {error}; run in a folder that can be written") from error
 
 
 def is_pretrained(folder):

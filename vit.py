@@ -229,7 +229,7 @@ def load_vit(weights, image_size=224, heads=None, normalize=None):
         tensors = rename(tensors, prefix, table)
         dim = tensors["cls_token"].size(-1)
         usual = {"heads": usual_heads(dim, prefix), "normalize": "imagenet"}
-        known = {}  # without a doubt, and so without a note
+        known = {}  # from a sure source, so filled in without a note
         if weights in BACKBONES:
             known = usual | {"normalize": BACKBONES[weights][1]}
         elif table is GOOGLE:
