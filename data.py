@@ -68,7 +68,7 @@ def find(name):
         read=lambda source, root, search: class_folders(source),
         source=str(folder),
         settings={"batch_size": None, "epochs": 20, "transform": "crop-flip"},
-        by_method=adapted({"sa2vp": 3e-3, "adapter": 3e-3, "vpt": 3e-3}, dropout=0.0),
+        by_method=adapted({"sa2vp": 3e-3, "adapter": 3e-3, "vpt": 3e-3, "linear": 3e-2}, dropout=0.0),
     )
 
 

@@ -54,7 +54,7 @@ DEFAULTS = {
     "transform": "resize",
     "epochs": 100,
     "warmup": 0.1,  # a share of the epochs
-    "batch_size": 64,
+    "batch_size": 64,  # None in the row of a folder: see `data.default_batch_size`
     "lr": 1e-3,
     "weight_decay": 1e-4,
     "keep": "best",
@@ -66,7 +66,7 @@ MINIMUM = {"image_size": 1, "heads": 1, "epochs": 1, "batch_size": 1, "lr": 1e-7
 
 # The small ViT for the generated images. This program pre-trains it to tell the shape and colour of an object.
 SMALL_VIT = {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
-PRETRAINED = data.TABLE["shapes"].settings["weights"]
+PRETRAINED = data.TABLE["shapes"].settings["weights"]  # a path below the working directory, whatever --out is
 PRETRAINING = {"data": "shapes-source", "method": "full", "epochs": 16, "batch_size": 32, "lr": 2e-3}
 
 
@@ -91,9 +91,8 @@ def complete_settings(given):
         if settings[name] is not None:
             sa2vp.check(name, settings[name], minimum)
     sa2vp.check("warmup", settings["warmup"], 0, 1)
-    sa2vp.check("seed", settings["seed"], 0, 2**32)
-    for name, known in (("data", data.TABLE), ("weights", ("scratch", PRETRAINED, *vit.BACKBONES))):
-        if settings[name] not in known:  # a path; made absolute, it means the same from every working directory
+    for name, names in (("data", data.TABLE), ("weights", ("scratch", PRETRAINED, *vit.BACKBONES))):
+        if settings[name] not in names:  # a path; made absolute, it means the same from every working directory
             settings[name] = os.path.abspath(os.path.expanduser(settings[name]))
     return settings
 
@@ -137,7 +136,7 @@ def fit(settings, out, machine, test=True, splits=None):
     backbone = load_backbone(settings)
     meta = describe_run(settings, splits, backbone, machine)
     result = read_result(out, meta)
-    needed = "accuracy" if test else "val_accuracy"  # a run of a search has no test accuracy yet
+    needed = "accuracy" if test else "val_accuracy"  # a search does not test; its winner is tested without new epochs
     if result and result[needed] is not None and vit.is_file(out / "best.pt"):
         print(f"{out} is already finished; to train it again, delete its folder")
         return result
@@ -155,8 +154,8 @@ def fit(settings, out, machine, test=True, splits=None):
 
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
-        # Each epoch is seeded by (seed, epoch), so a resumed run reproduces an uninterrupted one.
-        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout; another seed for every (seed, epoch)
+        # Each epoch is seeded by (seed, epoch), so a resumed run reproduces an uninterrupted one, on a GPU to rounding.
+        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout and whatever else draws from torch
         train_batches.sampler.epoch = epoch  # the sampler derives the seeds of the order, crops and flips
         loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
         row = {"epoch": epoch + 1, "loss": loss, "lr": lr}
@@ -296,7 +295,7 @@ def build_model(backbone, meta, machine):
 
 
 def cast_frozen(model, dtype):
-    """Casts the frozen weights of matrix products once. Otherwise autocast would cast them again in every step."""
+    """Casts frozen weights and biases of matrix products once. Otherwise autocast would cast them in every step."""
     for module in model.modules():
         is_product = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         if not is_product or isinstance(module, sa2vp.FullPrecisionLinear):
@@ -315,6 +314,7 @@ def make_optimizer(model, weight_decay):
             decayed.append(parameter)
         else:
             others.append(parameter)
+    # `train_epoch` sets the learning rate.
     return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=weight_decay)
 
 
@@ -404,17 +404,15 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-7):
 
 @torch.inference_mode()
 def predict(model, batches, machine):
-    """For all images of a loader, in their order: (logits (images, pathways, classes), labels (images,)), on the CPU.
+    """The logits of all images of a loader, in their order, on the CPU: (images, pathways, classes).
 
     The base pathway comes first. Its largest logit is the prediction.
     """
     model.eval()
     logits = []
-    labels = []
-    for images, batch_labels in batches:
+    for images, _ in batches:
         logits.append(torch.stack(forward(model, images, machine), dim=1).cpu())  # (batch, pathways, classes)
-        labels.append(batch_labels)
-    return torch.cat(logits), torch.cat(labels)
+    return torch.cat(logits)
 
 
 def evaluate(model, batches, machine):
@@ -424,8 +422,9 @@ def evaluate(model, batches, machine):
     """
     accuracies = {"accuracy": None, "prompt_accuracy": None}
     if len(batches):
-        logits, labels = predict(model, batches, machine)
-        correct = (logits.argmax(dim=2) == labels[:, None]).sum(dim=0)  # (pathways,)
+        logits = predict(model, batches, machine)
+        _, labels = zip(*batches.dataset.samples)
+        correct = (logits.argmax(dim=2) == torch.tensor(labels)[:, None]).sum(dim=0)  # (pathways,)
         for name, count in zip(accuracies, correct.tolist()):
             accuracies[name] = 100 * count / len(labels)
     return accuracies
@@ -527,6 +526,8 @@ def list_combinations(given):
 
     InputError for an option that none of the methods has.
     """
+    for seed in given["seed"]:
+        sa2vp.check("seed", seed, 0, 2**32)
     plan = []
     unused = set(given) - set(REPEATED)
     for name, method in itertools.product(data.members(given["data"]), given["method"]):
@@ -538,7 +539,7 @@ def list_combinations(given):
             choices.append(complete_settings(fixed | dict(zip(options, values))))
         plan.append(choices)
     if unused:
-        raise InputError(f"{', '.join(unused)}: not an option of {' or '.join(given['method'])}")
+        raise InputError(f"{', '.join(sorted(unused))}: not an option of {' or '.join(given['method'])}")
     return plan
 
 
@@ -638,8 +639,8 @@ def summarise(results):
     settings = results[0]["settings"]
     changed = changed_settings(settings)
     changed.pop("seed", None)
-    validated = known(results, "val_accuracy")
-    tested = known(results, "accuracy")
+    validated = values_of(results, "val_accuracy")
+    tested = values_of(results, "accuracy")
     row = {"date": results[-1].get("date"), "data": text(settings["data"]), "images": sum(results[0].get("images", []))}
     row["method"] = settings["method"]
     row["settings"] = ", ".join(f"{name} {text(value)}" for name, value in changed.items())
@@ -650,7 +651,7 @@ def summarise(results):
     return row
 
 
-def known(results, name):
+def values_of(results, name):
     """The values of that name in the results that have one, a list."""
     return [result[name] for result in results if result[name] is not None]
 
@@ -719,7 +720,7 @@ def classify(model, meta, samples, given, machine):
     batch_size = given.get("batch_size", meta["batch_size"])
     sa2vp.check("batch_size", batch_size, 1)
     batches = data.make_loader(samples, meta["input"], batch_size, machine.workers)
-    logits, _ = predict(model.to(machine.device), tqdm(batches, leave=False, disable=None), machine)
+    logits = predict(model.to(machine.device), tqdm(batches, leave=False, disable=None), machine)
     largest, guesses = logits[:, 0].softmax(dim=1).max(dim=1)
     rows = []
     for i, (image, label) in enumerate(samples):
@@ -819,7 +820,7 @@ def report(error, what=""):
     is_bug = not isinstance(error, (InputError, data.DataError))
     if is_bug:
         traceback.print_exception(error)
-    message = str(error).rpartition("DataError: ")[2]  # without the traceback that a DataLoader's worker adds
+    message = str(error).rpartition("DataError: ")[2]  # an error of a DataLoader's worker begins with its traceback
     print(f"train.py: {what}{' '.join(message.split())}", file=sys.stderr)
     return 1 if is_bug else 2
 
@@ -854,7 +855,7 @@ HELP = dict(line.split(maxsplit=1) for line in HELP_TEXTS.strip().splitlines())
 CHOICES = {"method": sa2vp.METHODS, "transform": data.TRANSFORMS, "keep": ("best", "last")}
 
 
-def word(value):
+def nonempty(value):
     """A parser for argparse: a text. Rejects an empty one, such as an unset variable of the shell."""
     if not value:
         raise argparse.ArgumentTypeError("the value is empty")
@@ -897,7 +898,7 @@ PARSERS = {  # by the type of an option's default or, where that does not tell, 
     "distill_layers": integers,
     "fusion_layers": integers,
     bool: switch,
-    str: word,
+    str: nonempty,
     int: int,
     float: float,
 }
@@ -926,9 +927,9 @@ def add_options(parser):
         )
 
 
-def folder(value):
+def user_path(value):
     """A parser for argparse: a path, whose ~ is the user's home."""
-    return Path(os.path.expanduser(word(value)))
+    return Path(os.path.expanduser(nonempty(value)))
 
 
 def make_parser():
@@ -941,12 +942,12 @@ def make_parser():
     add("--cpu", action="store_true", help="use no GPU")
     add("--workers", type=int, default=min(16, os.cpu_count()), help="processes that load images; default %(default)s")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--root", type=folder, help="the folder of the data sets; default data")
-    add("--out", type=folder, help="the folder of all runs; default runs. For --eval and --predict, that of the table")
+    add("--root", type=user_path, help="the folder of the data sets; default data")
+    add("--out", type=user_path, help="the folder of all runs; default runs. Of --eval, --predict: for the table")
 
     tools = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
-    tools.add_argument("--eval", type=folder, metavar="RUN", help="test a finished run again, class by class")
-    tools.add_argument("--predict", type=folder, nargs="+", metavar=("RUN", "IMAGE"), help="classify images or folders")
+    tools.add_argument("--eval", type=user_path, metavar="RUN", help="test a finished run again, class by class")
+    tools.add_argument("--predict", type=user_path, nargs="+", metavar=("RUN", "IMAGE"), help="classify images")
     tools.add_argument("--list", action="store_true", help="a table of all finished runs below --out")
     return parser
 
@@ -1000,6 +1001,9 @@ def run_command(argv):
 
 def main(argv=None):
     """The command line. Exits with 2 and one sentence on bad input, 1 and a traceback on a bug, 130 on Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        # Each line is seen at once, also in a log file. Names may have characters that the terminal cannot encode.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = run_command(argv)
     except KeyboardInterrupt:
@@ -1012,7 +1016,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        # Each line is seen at once, also in a log file. Names may have characters that the terminal cannot encode.
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     main()
