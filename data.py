@@ -188,11 +188,11 @@ def images_below(folder):
     runs = {class_path(path.parts) for path in files if path.name == "best.pt"}
     images = {}
     left_out = defaultdict(list)
-    for path in sorted(files):
+    for path in sorted(files, key=lambda path: path.parts):  # on Windows, too, upper case before lower
         if is_system(path.name):
             left_out["hidden or system files"].append(path)
         elif path.suffix.lower() not in datasets.folder.IMG_EXTENSIONS:
-            left_out["not images by extension"].append(path)
+            left_out["files without an extension of images"].append(path)
         elif class_path(path.parts) in runs:
             left_out["images in a folder of runs (with a best.pt)"].append(path)
         else:
@@ -253,7 +253,7 @@ def split_folders(folder, images, left_out):
                 with_classes.add(split)
         elif len(parts) > 1:
             others.add(parts[0])
-    if others and not with_classes and set(split_of.values()) <= {"train"}:  # a class may have that name
+    if others and not with_classes and set(split_of.values()) <= {"train"}:  # "train" may be a class
         return {}
     if others:
         raise DataError(f"{folder} has splits, but also images in {shorten(sorted(others), 5)}: move them to a split")
@@ -549,7 +549,7 @@ def check_pixels(picture):
     """Raises ValueError for an image whose shape or pixel values would silently give nonsense."""
     if max(picture.size) > 100 * min(picture.size):  # resized by its short side, it would fill the memory
         raise ValueError(f"of its {picture.width} x {picture.height} pixels one side is over 100 times the other")
-    bits = getattr(picture, "tag_v2", {}).get(258, 8)  # of each band of a TIFF
+    bits = getattr(picture, "tag_v2", {}).get(258, 8)  # BitsPerSample of a TIFF, for each band
     deep = picture.mode.startswith("I") and picture.format not in ("PNG", "PPM", "JPEG2000")
     if picture.mode == "F" or deep or np.max(bits) > 8:
         raise ValueError(f"pixels of mode {picture.mode} with more than 8 bits have no agreed scale")
@@ -639,9 +639,9 @@ def make_loader(samples, preprocessing, batch_size, workers, shuffle_seed=None):
     training = shuffle_seed is not None
     if training and len(samples) < batch_size:
         raise DataError(f"{len(samples)} training images are fewer than one batch of {batch_size}: lower --batch-size")
+    # The released code on one GPU has one order for all epochs, so the images of the last, incomplete batch are never
+    # trained on (40 of VTAB natural's 1,000).
     sampler = Shuffled(len(samples), shuffle_seed) if training else [(index, 0) for index in range(len(samples))]
-    # The order is new in every epoch. In the released code on a single GPU it never changes, so the images of the last,
-    # incomplete batch are never trained on (40 of VTAB natural's 1,000).
     return DataLoader(
         Images(samples, transform(**preprocessing, training=training)),
         batch_size,
@@ -788,8 +788,8 @@ def make_table():
             settings = {"keep": "last", "batch_size": int(batch_size)}
             by_method = adapted({"sa2vp": float(lr)}, inner_dim=int(inner_dim), scale=float(scale))
             rows.append(DataSet(f"vtab/{task}", read, VTAB_1K, settings, by_method))
-    # For HTA the released code has a table of six data sets. In five of them, test accuracy chooses the epoch. The
-    # validation images of GTSRB and Food101 can overlap the training images. All images are resized by default.
+    # The released code's table of HTA has six data sets. In five of them, test accuracy chooses the epoch; validation
+    # images of GTSRB and Food101 can be training images, too. Here all images are resized, by default.
     full_size = rows[:4]  # FGVC's without cars
     for name, kind, classes, source in read_rows(TORCHVISION):
         full_size.append(DataSet(name, partial(read_torchvision, kind, int(classes)), source))

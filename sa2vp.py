@@ -55,7 +55,7 @@ class PromptMap(nn.Module):
 
 
 def near(cells, other_cells, window):
-    """One axis of N(t), (cells, other_cells): True where two centres are less than window / 2 coarser cells apart."""
+    """N(t) along one axis: True where centres are less than window / 2 coarser cells apart, (cells, other_cells)."""
     y = torch.arange(cells)[:, None]
     z = torch.arange(other_cells)
     # |(y + 0.5) / cells - (z + 0.5) / other_cells| < (window / 2) / min(cells, other_cells), as the coarser axis has
@@ -190,7 +190,7 @@ class SA2VP(nn.Module):
     fusion_layers   F, a subset of D, where a new prompt map enters; None: D without 0
 
     The masks of the aligned neighbourhoods are not in the state dict, so do not build the model on the meta device.
-    Hooks, sharding and activation checkpointing belong on `interactions[i]`: `vit.blocks[i]` itself is called for new
+    Hooks and activation checkpointing belong on `interactions[i]`: `vit.blocks[i]` itself is called for new
     prompt maps only. Where a value is computed once per batch, all images of the batch share one dropout mask; the
     released code draws one for each image.
     """
@@ -205,8 +205,7 @@ class SA2VP(nn.Module):
         distill = set(range(0, depth, 4) if distill_layers is None else distill_layers)
         fusion = distill - {0} if fusion_layers is None else set(fusion_layers)
         if not fusion <= distill <= set(range(depth)):
-            allowed = f"distill layers {distill}, and those among 0 to {depth - 1}"
-            raise InputError(f"fusion layers {fusion} must be among {allowed}")
+            raise InputError(f"fusion layers {fusion} must be among distill layers {distill} among 0 to {depth - 1}")
         grid = prompt_grid or vit.grid
         if prompt_grid == "half":
             grid = (vit.grid[0] // 2, vit.grid[1] // 2)
@@ -217,10 +216,9 @@ class SA2VP(nn.Module):
         self.prompt_map = PromptMap(grid, inner_dim, vit.dim)
         self.interactions = nn.ModuleList()
         for i in range(depth):
-            interaction = BilateralInteraction(
-                vit, grid, inner_dim, scale, window, i in distill, i in fusion, i == depth - 1
+            self.interactions.append(
+                BilateralInteraction(vit, grid, inner_dim, scale, window, i in distill, i in fusion, i == depth - 1)
             )
-            self.interactions.append(interaction)
         self.head = make_head(vit, num_classes)
 
     def forward(self, images):
@@ -228,10 +226,10 @@ class SA2VP(nn.Module):
         base = self.vit.embed(images)  # Eq. (1), (batch, 1 + N, d)
         prompt = self.vit.drop(self.embed_prompts())  # Eq. (2), (1, 1 + h' w', d)
         for layer, interaction in zip(self.vit.blocks, self.interactions):
-            base, prompt = interaction(layer, base, prompt)  # Eq. (3) to (7)
+            base, prompt = interaction(layer, base, prompt)  # Eq. (5) or (6)
         base_logits = self.head(self.vit.norm(base[:, 0]))
         prompt_logits = self.head(self.vit.norm(prompt[:, 0]))
-        return base_logits, prompt_logits.expand_as(base_logits)  # a batch of one if D is empty
+        return base_logits, prompt_logits.expand_as(base_logits)  # prompt_logits has one row if D is empty
 
     def embed_prompts(self):
         """p W_p + b_p + E_pos, (1, 1 + h' w', d). E_pos is the image's, interpolated to the prompt grid."""

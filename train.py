@@ -571,8 +571,7 @@ def is_pretrained(folder):
     if not result or not vit.is_file(folder / "best.pt"):
         return False
     settings = complete_settings(PRETRAINING)
-    saved = settings | result["settings"]  # a setting that was added later takes its default
-    return same(saved, settings)
+    return same(settings | result["settings"], settings)  # a setting that was added later takes its default
 
 
 def print_result(folder, result):

@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
         A batch of one, in q or in k and v, is broadcast. `mask` (queries, keys) is True where a query attends to a key.
         """
-        batch = max(q.size(0), k.size(0))  # not len, which would fix the batch in torch.export
+        batch = max(q.size(0), k.size(0))  # len would fix the batch in torch.export
         q, k, v = (tensor.expand(batch, -1, -1, -1) for tensor in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (batch, heads, queries, d / heads)
         return self.proj(o.transpose(1, 2).flatten(2))
@@ -299,7 +299,7 @@ is_file = os.path.isfile  # Path.is_file raises an error for a path in a folder 
 
 
 def fingerprint(vit):
-    """SHA-256 of a backbone's weights, to tell one from another."""
+    """SHA-256 of a backbone's weights, without the positions of patches, to tell one from another."""
     digest = hashlib.sha256()
     for name, tensor in vit.state_dict().items():
         if name == "pos_embed":
