@@ -756,8 +756,11 @@ DRAWN = [
             "batch_size": 32,
             "epochs": 60,
         },
-        by_method=adapted(  # sa2vp's were searched with this ViT, the others' rates after 8 epochs of pre-training
-            {"sa2vp": 5e-3, "vpt": 1e-2, "adapter": 1e-2, "full": 1e-3}, inner_dim=64, scale=2.0, dropout=0.0
+        by_method=adapted(  # all but vpt's rate were searched with this ViT
+            {"sa2vp": 2e-3, "vpt": 1e-2, "adapter": 2e-3, "linear": 1e-1, "full": 1e-3},
+            inner_dim=64,
+            scale=2.0,
+            dropout=0.0,
         ),
     ),
     DataSet(

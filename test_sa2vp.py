@@ -2186,12 +2186,12 @@ DRAWN_FLAGS = ["--cpu", "--workers", 0, "--epochs", 1]
 
 def test_the_default_run_has_the_settings_of_the_readmes_results():
     settings = train.complete_settings({"data": "shapes", "method": "sa2vp"})
-    tuned = {"transform": "crop", "batch_size": 32, "epochs": 60, "lr": 5e-3, "weights": "runs/shapes-vit/best.pt"}
+    tuned = {"transform": "crop", "batch_size": 32, "epochs": 60, "lr": 2e-3, "weights": "runs/shapes-vit/best.pt"}
     assert settings == settings | tuned | {"inner_dim": 64, "scale": 2.0, "dropout": 0.0}
     assert [train.PRETRAINING[name] for name in ("epochs", "lr", "batch_size")] == [16, 2e-3, 32]
     assert train.SMALL_VIT == {"patch_size": 8, "dim": 64, "depth": 6, "heads": 1, "normalize": "imagenet"}
     rates = {method: train.complete_settings({"data": "shapes", "method": method})["lr"] for method in sa2vp.METHODS}
-    assert rates == {"sa2vp": 5e-3, "vpt": 1e-2, "adapter": 1e-2, "linear": 1e-2, "full": 1e-3}
+    assert rates == {"sa2vp": 2e-3, "vpt": 1e-2, "adapter": 2e-3, "linear": 1e-1, "full": 1e-3}
     counts = [data.TABLE[name].read.args[2] for name in ("shapes", "shapes-source")]
     assert counts == [(1000, 400, 1000), (7200, 360, 360)]
 
