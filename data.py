@@ -192,7 +192,7 @@ def images_below(folder):
         if is_system(path.name):
             left_out["hidden or system files"].append(path)
         elif path.suffix.lower() not in datasets.folder.IMG_EXTENSIONS:
-            left_out["files without an extension of images"].append(path)
+            left_out["files without an image extension"].append(path)
         elif class_path(path.parts) in runs:
             left_out["images in a folder of runs (with a best.pt)"].append(path)
         else:

@@ -1701,7 +1701,7 @@ def test_what_is_left_out_is_told_by_reason_with_up_to_five_names(tmp_path):
     assert left_out == [
         "left out 4 hidden or system files: __MACOSX, train/.ipynb_checkpoints, train/ant/._0.png, "
         "train/ant/.ipynb_checkpoints",
-        "left out 3 files without an extension of images: run/best.pt, test/bee/1.heic, train/cow/1.jfif",
+        "left out 3 files without an image extension: run/best.pt, test/bee/1.heic, train/cow/1.jfif",
         "left out 1 images in a folder of runs (with a best.pt): run/show.png",
         "left out 2 images outside class folders: 2.png, test/1.png",
     ]

@@ -155,7 +155,7 @@ def fit(settings, out, machine, test=True, splits=None):
     for epoch in range(len(history), settings["epochs"]):
         start = time.perf_counter()
         # Each epoch is seeded by (seed, epoch), so a resumed run reproduces an uninterrupted one, on a GPU to rounding.
-        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout and whatever else draws from torch
+        torch.manual_seed(10_007 * settings["seed"] + epoch)  # for dropout; another seed for every (seed, epoch)
         train_batches.sampler.epoch = epoch  # the sampler derives the seeds of the order, crops and flips
         loss, lr = train_epoch(model, train_batches, optimizer, scaler, settings, epoch, machine)
         row = {"epoch": epoch + 1, "loss": loss, "lr": lr}
