@@ -1077,11 +1077,11 @@ def test_predictions_are_the_logits_of_all_pathways_in_the_order_of_images_and_a
 def test_predicting_many_batches_keeps_no_file_open(finished):
     resource = pytest.importorskip("resource", reason="limits of Unix")
     model, meta = sa2vp.load(finished)
-    batches = data.make_loader([(np.zeros((48, 48, 3), np.uint8), 0)] * 300, meta["input"], 1, workers=1)
+    batches = data.make_loader([(np.zeros((48, 48, 3), np.uint8), 0)] * 140, meta["input"], 1, workers=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # a tensor that a worker sent keeps a file open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))  # a tensor that a worker sent keeps a file open
     try:
-        assert len(train.predict(model, batches, CPU)) == 300
+        assert len(train.predict(model, batches, CPU)) == 140
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
