@@ -143,7 +143,7 @@ class BilateralInteraction(nn.Module):
     def __init__(self, vit, prompt_grid, inner_dim, scale, window, distills, fuses, last):
         super().__init__()
         mask = None
-        if window is not None and not last:  # in the last layer only the class tokens ask, and they attend to all
+        if window is not None and not last:  # the only queries of the last layer, the class tokens, attend to all
             grids = (prompt_grid, vit.grid) if distills else (vit.grid, prompt_grid)  # of X and of Y
             mask = aligned_neighbourhood(*grids, window)
         self.cross_attention = SpatiallyAlignedCrossAttention(mask, vit.drop)
@@ -158,7 +158,7 @@ class BilateralInteraction(nn.Module):
         # Up to the first layer in D, P_i does not depend on the images: it is a batch of one.
         qb, kb, vb = layer.start(base)
         qp, kp, vp = layer.start(prompt)
-        if self.last:  # only the class tokens go on, so only they ask
+        if self.last:  # only the class tokens leave the layer, so only they are queries
             base = base[:, :1]
             prompt = prompt[:, :1]
             qb = qb[:, :, :1]

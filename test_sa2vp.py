@@ -1955,9 +1955,11 @@ def test_the_defaults_are_the_recipes():
         assert (options["inner_dim"], options["scale"], options["dropout"]) == (16, 0.1, 0.1)
 
 
-def test_a_name_that_is_no_option_of_any_method_is_refused(monkeypatch):
+def test_a_negative_seed_and_a_name_that_is_no_option_of_any_method_are_refused(monkeypatch):
     with pytest.raises(vit.InputError, match="ranck: not an option of any method"):
         train.complete_settings({"data": "cub", "method": "sa2vp", "ranck": 5})
+    with pytest.raises(vit.InputError, match="seed is -1"):
+        train.complete_settings({"data": "cub", "method": "sa2vp", "seed": -1})
     monkeypatch.setitem(data.TABLE, "cub", data.find("cub")._replace(by_method={"sa2vp": {"ranck": 5}}))
     with pytest.raises(vit.InputError, match="ranck: not an option of any method"):
         train.complete_settings({"data": "cub", "method": "sa2vp"})
