@@ -1072,6 +1072,9 @@ def test_predictions_are_the_logits_of_all_pathways_in_the_order_of_images_and_a
     right = (logits.argmax(dim=2) == torch.cat(labels)[:, None]).double().mean(dim=0)
     assert train.evaluate(model, batches, CPU) == dict(zip(("accuracy", "prompt_accuracy"), (100 * right).tolist()))
     assert train.evaluate(model, [], CPU) == {"accuracy": None, "prompt_accuracy": None}
+    relabelled = [(image, guess) for (image, _), guess in zip(samples, logits[:, 0].argmax(dim=1).tolist())]
+    batches = data.make_loader(relabelled, meta["input"], 3, workers=0)
+    assert train.evaluate(model, batches, CPU)["accuracy"] == 100
 
 
 def test_predicting_many_batches_keeps_no_file_open(finished):
